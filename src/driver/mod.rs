@@ -1,0 +1,263 @@
+//! Everything the allocator asks of CUDA, as one trait.
+//!
+//! The allocator never calls CUDA itself: it holds a [`Driver`]. There are two implementations, the real
+//! one ([`cuda`], the CUDA driver API loaded at run time) and the simulated device of the `sim` crate. Both
+//! join the same contract suite (`tests/driver_contract.rs`), which is the executable form of the
+//! preconditions written here.
+//!
+//! Ranges are given in bytes, addresses are device addresses as `u64` newtypes, so that nothing in the
+//! allocator can dereference them by accident.
+
+pub mod cuda;
+pub mod host;
+
+use std::fmt;
+
+/// A device ordinal as PyTorch counts them (after `CUDA_VISIBLE_DEVICES`).
+pub type DeviceIndex = i32;
+
+/// An address in the unified address space. Zero is no address.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct DevicePtr(pub u64);
+
+impl DevicePtr {
+    /// The address `bytes` further on.
+    #[must_use]
+    pub fn offset(self, bytes: u64) -> Self {
+        Self(self.0 + bytes)
+    }
+}
+
+impl fmt::Debug for DevicePtr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// A `CUstream` (the same handle as `cudaStream_t`). Zero is the legacy default stream.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
+pub struct Stream(pub u64);
+
+/// A `CUevent` made by [`Driver::event_create`]. Owned by whoever created it; no `Drop`, because
+/// destroying it is a CUDA call that may fail.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Event(pub u64);
+
+/// An address range of managed memory: `[ptr, ptr + bytes)`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Range {
+    /// First byte.
+    pub ptr: DevicePtr,
+    /// Length in bytes; a driver call on an empty range is an error ([`ErrorKind::InvalidValue`]).
+    pub bytes: u64,
+}
+
+/// Where memory may live or be reached from (`CUmemLocation`).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Location {
+    /// The memory of this GPU.
+    Device(DeviceIndex),
+    /// Host memory, no NUMA node in particular.
+    Host,
+    /// Host memory of this NUMA node (on GH200: the CPU's LPDDR, as against HBM exposed as a node).
+    HostNuma(i32),
+}
+
+/// `cuMemAdvise`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Advice {
+    /// Pages prefer to live at the location. On a device this overrides the driver's thrashing
+    /// mitigation (CUDA manual, `cudaMemAdviseSetPreferredLocation`).
+    SetPreferredLocation(Location),
+    /// Undoes `SetPreferredLocation`.
+    UnsetPreferredLocation,
+    /// Keeps the pages mapped in this processor's page tables; no effect where it is also the
+    /// preferred location.
+    SetAccessedBy(Location),
+    /// Undoes `SetAccessedBy`.
+    UnsetAccessedBy(Location),
+    /// The data is mostly read: read-only copies may be made.
+    SetReadMostly,
+    /// Undoes `SetReadMostly`.
+    UnsetReadMostly,
+}
+
+/// `CUstreamCaptureMode`: which calls are forbidden while some stream captures.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum CaptureMode {
+    /// Potentially unsafe calls are forbidden while any thread captures in global mode.
+    Global,
+    /// Only this thread's captures count.
+    ThreadLocal,
+    /// Nothing is forbidden to this thread.
+    Relaxed,
+}
+
+/// What the allocator needs to know of a device. Constant for the life of the process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Marketing name, for messages.
+    pub name: String,
+    /// Bytes of device memory (`cuDeviceTotalMem`).
+    pub total_memory: u64,
+    /// `CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY`.
+    pub managed_memory: bool,
+    /// `CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS`: without it there is no oversubscription and prefetch fails.
+    pub concurrent_managed_access: bool,
+    /// `CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS`: the device reaches ordinary host memory.
+    pub pageable_memory_access: bool,
+    /// `CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES`: address translation shared with the CPU (ATS):
+    /// the hardware-coherent machines (GH200, GB200, GB10).
+    pub host_page_tables: bool,
+    /// `CU_DEVICE_ATTRIBUTE_DIRECT_MANAGED_MEM_ACCESS_FROM_HOST`: the CPU reaches device-resident managed memory
+    /// without migrating it.
+    pub direct_host_access: bool,
+    /// `CU_DEVICE_ATTRIBUTE_INTEGRATED`: the device shares one physical memory with the CPU (GB10).
+    pub integrated: bool,
+    /// `CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID`: the NUMA node closest to the device; `None` where the driver gives none (-1).
+    pub host_numa_node: Option<i32>,
+}
+
+/// Bytes of device memory as the driver counts them (`cuMemGetInfo`), all processes together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// Free bytes. Does not rise when managed pages leave the device (the driver keeps their chunks).
+    pub free: u64,
+    /// All bytes.
+    pub total: u64,
+}
+
+/// Bytes of host memory that this process can still have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostMemory {
+    /// What the machine, or the tightest cgroup limit, has at all.
+    pub total: u64,
+    /// What is left: the smaller of `MemAvailable` and each cgroup's limit less its usage.
+    pub available: u64,
+}
+
+/// An opaque handle by which another process opens this device memory (`CUipcMemHandle`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct IpcHandle(pub [u8; 64]);
+
+/// What kind of failure a driver call met: the few that the allocator treats differently, and the rest.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum ErrorKind {
+    /// `CUDA_ERROR_OUT_OF_MEMORY`: the allocator gives memory back and tries again.
+    OutOfMemory,
+    /// `CUDA_ERROR_INVALID_VALUE`, `CUDA_ERROR_INVALID_DEVICE`, `CUDA_ERROR_INVALID_HANDLE`: the caller broke a precondition.
+    InvalidValue,
+    /// `CUDA_ERROR_NOT_SUPPORTED`: this device or driver cannot do it.
+    NotSupported,
+    /// `CUDA_ERROR_STREAM_CAPTURE_*`: illegal while a stream captures.
+    StreamCapture,
+    /// The driver library could not be loaded, or lacks an entry point.
+    Unavailable,
+    /// Everything else, sticky errors included.
+    Other,
+}
+
+/// A failed driver call.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{call} failed: {name} ({code}): {message}")]
+pub struct DriverError {
+    /// What the allocator should make of it.
+    pub kind: ErrorKind,
+    /// The entry point, as CUDA names it.
+    pub call: &'static str,
+    /// The `CUresult` as a number; -1 where there was none.
+    pub code: i32,
+    /// The `CUresult` by name, such as `CUDA_ERROR_OUT_OF_MEMORY`.
+    pub name: String,
+    /// What CUDA says about it, or what we know.
+    pub message: String,
+}
+
+/// The result of a driver call.
+pub type Result<T> = std::result::Result<T, DriverError>;
+
+/// Everything the allocator asks of CUDA.
+///
+/// # Rules for all methods
+///
+/// - Any thread may call any method at any time. An implementation makes the primary context of `device`
+///   current where CUDA needs one and restores the caller's current context before it returns.
+/// - The device ordinal comes first; one that does not exist is [`ErrorKind::InvalidValue`].
+/// - A method that fails has changed nothing that the caller must undo.
+/// - No method takes a lock that another method holds while it waits for the GPU.
+/// - Capture: each method says whether it is legal while a stream captures. "Relaxed" means: legal between
+///   [`Driver::exchange_capture_mode`]`(Relaxed)` and the exchange back, on the thread that made it.
+pub trait Driver: Send + Sync + 'static {
+    /// How many devices there are.
+    fn device_count(&self) -> Result<DeviceIndex>;
+
+    /// The constant facts of a device. Legal while capturing.
+    fn device_info(&self, device: DeviceIndex) -> Result<DeviceInfo>;
+
+    /// Free and total device memory. Legal while capturing.
+    fn device_memory(&self, device: DeviceIndex) -> Result<DeviceMemory>;
+
+    /// Host memory that is left. Reads `/proc` and the cgroup: tens of microseconds, never on the hot path.
+    fn host_memory(&self) -> Result<HostMemory>;
+
+    /// Reserves `bytes` (> 0) of managed address space, attached globally, in the context of `device`
+    /// (`cuMemAllocManaged`). Holds no physical memory until populated; the address is at least 512-byte
+    /// aligned, and 2 MiB aligned where `bytes` is at least 2 MiB. While capturing: relaxed only.
+    fn alloc_managed(&self, device: DeviceIndex, bytes: u64) -> Result<DevicePtr>;
+
+    /// Allocates `bytes` (> 0) of plain device memory (`cuMemAlloc`), with the alignments of
+    /// [`Driver::alloc_managed`]. While capturing: relaxed only.
+    fn alloc_device(&self, device: DeviceIndex, bytes: u64) -> Result<DevicePtr>;
+
+    /// Frees what `alloc_managed` or `alloc_device` gave (`cuMemFree`): the address must be the first byte
+    /// of a live allocation. Waits for the device's work. Not legal while capturing, except relaxed.
+    fn free(&self, device: DeviceIndex, ptr: DevicePtr) -> Result<()>;
+
+    /// Gives advice on a managed range (`cuMemAdvise`). Acts on whole pages, at once and on the host's
+    /// time. While capturing: relaxed only.
+    fn advise(&self, device: DeviceIndex, range: Range, advice: Advice) -> Result<()>;
+
+    /// Moves or populates a managed range (`cuMemPrefetchAsync`), ordered on `stream`. Needs
+    /// `concurrent_managed_access`. Success says nothing about capacity: other managed pages may be evicted.
+    /// While capturing: relaxed only, and never on a stream that captures.
+    fn prefetch(&self, device: DeviceIndex, range: Range, to: Location, stream: Stream) -> Result<()>;
+
+    /// Makes a non-blocking stream on `device`. While capturing: legal in relaxed mode.
+    fn stream_create(&self, device: DeviceIndex) -> Result<Stream>;
+
+    /// Destroys a stream made by `stream_create`; work already queued still completes.
+    fn stream_destroy(&self, device: DeviceIndex, stream: Stream) -> Result<()>;
+
+    /// Waits for all work on the stream. While capturing: relaxed only, and never on a stream that captures.
+    fn stream_synchronize(&self, device: DeviceIndex, stream: Stream) -> Result<()>;
+
+    /// Whether the stream captures at present. An invalidated capture counts as one. Legal while capturing.
+    fn stream_is_capturing(&self, device: DeviceIndex, stream: Stream) -> Result<bool>;
+
+    /// Waits for all work on the device. Not legal while capturing.
+    fn device_synchronize(&self, device: DeviceIndex) -> Result<()>;
+
+    /// Makes an event without timing. Legal while capturing.
+    fn event_create(&self, device: DeviceIndex) -> Result<Event>;
+
+    /// Records the event on a stream of the same device. On a capturing stream it becomes part of the graph,
+    /// and may then not be queried.
+    fn event_record(&self, device: DeviceIndex, event: Event, stream: Stream) -> Result<()>;
+
+    /// Whether everything before the last record has completed. An event never recorded has completed.
+    /// Not legal while capturing, except relaxed, for events that are not part of a capture.
+    fn event_query(&self, device: DeviceIndex, event: Event) -> Result<bool>;
+
+    /// Waits until `event_query` would answer true. Not legal while capturing, as `event_query`.
+    fn event_synchronize(&self, device: DeviceIndex, event: Event) -> Result<()>;
+
+    /// Destroys an event; one that is still pending is released when it completes.
+    fn event_destroy(&self, device: DeviceIndex, event: Event) -> Result<()>;
+
+    /// Swaps the calling thread's capture mode and returns the one before.
+    fn exchange_capture_mode(&self, mode: CaptureMode) -> Result<CaptureMode>;
+
+    /// A handle by which another process opens an allocation of `alloc_device`; `ptr` is its first byte.
+    /// Managed memory is [`ErrorKind::InvalidValue`] (CUDA gives none).
+    fn ipc_handle(&self, device: DeviceIndex, ptr: DevicePtr) -> Result<IpcHandle>;
+}
