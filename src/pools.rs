@@ -1,4 +1,178 @@
-//! Which free list serves a request.
+//! Which free list serves a request: small or large, by stream, of the default pool or a private one.
+
+use crate::blocks::{FreeList, ListId};
+use crate::driver::Stream;
+use crate::segments::{CustomAllocator, SMALL_LIMIT};
+use rustc_hash::FxHashMap;
 
 /// `c10::MempoolId_t`: (0, n) for pools made by graphs, (n, 0) for user pools; (0, 0) is the default pool.
 pub type MempoolId = (u64, u64);
+
+/// The default pool.
+pub const DEFAULT_POOL: MempoolId = (0, 0);
+
+/// Index of a pool on its device.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct PoolId(u32);
+
+impl PoolId {
+    /// The pool of everything that asked for none.
+    pub const DEFAULT: Self = Self(0);
+}
+
+/// One pool: the default one, a CUDA graph's, or a `torch.cuda.MemPool`.
+pub struct Pool {
+    /// PyTorch's name for it.
+    pub id: MempoolId,
+    /// How many graphs and MemPools hold it. At 0 its segments may be given back ("freeable").
+    pub use_count: i32,
+    /// How many segments it holds. A freeable pool without any is forgotten.
+    pub segments: u32,
+    /// The allocator that the program gave it for its segments.
+    pub custom: Option<CustomAllocator>,
+    /// Other pools may take its free blocks before they run out of memory.
+    pub use_on_oom: bool,
+    /// Its blocks are handed out whole.
+    pub no_split: bool,
+    lists: FxHashMap<Stream, [ListId; 2]>,
+}
+
+/// A free list and whose it is.
+pub struct List {
+    /// The free blocks.
+    pub free: FreeList,
+    /// The pool it belongs to.
+    pub pool: PoolId,
+    /// Blocks of at most 1 MiB.
+    pub small: bool,
+    /// The stream that its blocks were allocated for.
+    pub stream: Stream,
+    /// How often a block was asked of it: the clock of garbage collection.
+    pub requests: u64,
+}
+
+/// All pools and free lists of one device.
+pub struct Pools {
+    pools: Vec<Option<Pool>>,
+    by_id: FxHashMap<MempoolId, PoolId>,
+    lists: Vec<List>,
+    unused_lists: Vec<ListId>,
+}
+
+impl Default for Pools {
+    fn default() -> Self {
+        let mut pools =
+            Self { pools: Vec::new(), by_id: FxHashMap::default(), lists: Vec::new(), unused_lists: Vec::new() };
+        pools.create(DEFAULT_POOL, None);
+        pools
+    }
+}
+
+impl std::ops::Index<PoolId> for Pools {
+    type Output = Pool;
+    fn index(&self, id: PoolId) -> &Pool {
+        self.pools[id.0 as usize].as_ref().expect("a PoolId is only kept while its pool lives")
+    }
+}
+
+impl std::ops::IndexMut<PoolId> for Pools {
+    fn index_mut(&mut self, id: PoolId) -> &mut Pool {
+        self.pools[id.0 as usize].as_mut().expect("a PoolId is only kept while its pool lives")
+    }
+}
+
+impl std::ops::Index<ListId> for Pools {
+    type Output = List;
+    #[inline]
+    fn index(&self, id: ListId) -> &List {
+        &self.lists[id.0 as usize]
+    }
+}
+
+impl std::ops::IndexMut<ListId> for Pools {
+    #[inline]
+    fn index_mut(&mut self, id: ListId) -> &mut List {
+        &mut self.lists[id.0 as usize]
+    }
+}
+
+impl Pools {
+    /// Makes a private pool, held once.
+    pub fn create(&mut self, id: MempoolId, custom: Option<CustomAllocator>) -> PoolId {
+        let pool = Pool {
+            id,
+            use_count: 1,
+            segments: 0,
+            custom,
+            use_on_oom: false,
+            no_split: false,
+            lists: FxHashMap::default(),
+        };
+        let index = match self.pools.iter().position(Option::is_none) {
+            Some(index) => {
+                self.pools[index] = Some(pool);
+                index
+            }
+            None => {
+                self.pools.push(Some(pool));
+                self.pools.len() - 1
+            }
+        };
+        let pool = PoolId(index as u32);
+        self.by_id.insert(id, pool);
+        pool
+    }
+
+    /// Forgets a pool that holds no segments, so that its lists are empty.
+    pub fn forget(&mut self, id: PoolId) {
+        if let Some(pool) = self.pools[id.0 as usize].take() {
+            debug_assert_eq!(pool.segments, 0);
+            self.by_id.remove(&pool.id);
+            self.unused_lists.extend(pool.lists.into_values().flatten());
+        }
+    }
+
+    /// The pool of this name.
+    pub fn find(&self, id: MempoolId) -> Option<PoolId> {
+        self.by_id.get(&id).copied()
+    }
+
+    /// All pools.
+    pub fn ids(&self) -> impl Iterator<Item = PoolId> + '_ {
+        self.pools.iter().enumerate().filter(|(_, pool)| pool.is_some()).map(|(index, _)| PoolId(index as u32))
+    }
+
+    /// All free lists of a pool.
+    pub fn lists_of(&self, pool: PoolId) -> impl Iterator<Item = ListId> + '_ {
+        self[pool].lists.values().flatten().copied()
+    }
+
+    /// The free list that serves a request of `bytes` (rounded) on `stream`.
+    #[inline]
+    pub fn list_for(&mut self, pool: PoolId, bytes: u64, stream: Stream) -> ListId {
+        let small = bytes <= SMALL_LIMIT;
+        match self[pool].lists.get(&stream) {
+            Some(lists) => lists[usize::from(small)],
+            None => self.create_lists(pool, stream)[usize::from(small)],
+        }
+    }
+
+    #[cold]
+    fn create_lists(&mut self, pool: PoolId, stream: Stream) -> [ListId; 2] {
+        let lists = [false, true].map(|small| {
+            let list = List { free: FreeList::default(), pool, small, stream, requests: 0 };
+            match self.unused_lists.pop() {
+                Some(id) => {
+                    self[id] = list;
+                    id
+                }
+                None => {
+                    self.lists.push(list);
+                    ListId(self.lists.len() as u32 - 1)
+                }
+            }
+        });
+        self[pool].lists.insert(stream, lists);
+        lists
+    }
+}

@@ -1,0 +1,509 @@
+//! The allocator of a process: its devices, each behind one lock, and what it asks of PyTorch.
+
+pub use crate::device::{Allocation, BlockInfo, PoolState, Restored, SegmentInfo};
+pub use crate::segments::CustomAllocator;
+
+use crate::device::DeviceState;
+use crate::driver::{DeviceIndex, DevicePtr, Driver, IpcHandle, Stream};
+use crate::error::{Error, Result};
+use crate::history::{Context, RecordContext, TraceEntry};
+use crate::options::{AccessPattern, NativeOptions, Options};
+use crate::pools::MempoolId;
+use crate::stats::DeviceStats;
+use parking_lot::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// Whether allocations on a stream belong to a pool at this moment.
+pub type StreamFilter = Box<dyn Fn(Stream) -> bool + Send>;
+
+/// What the allocator asks of PyTorch.
+pub trait Hooks: Send + Sync + 'static {
+    /// Runs the registered free-memory callbacks; answers whether one freed something. Called without any lock.
+    fn free_memory_callbacks(&self) -> bool;
+    /// `c10::getApproximateTime()`, for the trace. Called under a device's lock.
+    fn approximate_time(&self) -> i64;
+    /// Asks a MemPool's own allocator for a segment. Called under a device's lock.
+    fn custom_alloc(&self, allocator: CustomAllocator, bytes: u64) -> Option<DevicePtr>;
+    /// Gives a segment back to it. False: that allocator cannot be reached now, and the driver frees. Called under a
+    /// device's lock.
+    fn custom_free(&self, allocator: CustomAllocator, ptr: DevicePtr) -> bool;
+    /// Tells the trace trackers, after [`Allocator::set_tracing`]. Called under a device's lock.
+    fn trace(&self, entry: &TraceEntry);
+}
+
+/// What a snapshot holds.
+pub struct Snapshot {
+    /// Segments by device and address.
+    pub segments: Vec<SegmentInfo>,
+    /// The trace of each device, oldest entry first.
+    pub traces: Vec<Vec<TraceEntry>>,
+}
+
+/// One object a process.
+pub struct Allocator {
+    driver: Arc<dyn Driver>,
+    hooks: Arc<dyn Hooks>,
+    settings: Mutex<(Options, NativeOptions)>,
+    devices: OnceLock<Box<[Mutex<DeviceState>]>>,
+    /// The device of the last free: most programs use one at a time.
+    last_device: AtomicUsize,
+    history_enabled: AtomicBool,
+}
+
+impl Allocator {
+    /// An allocator without devices; CUDA is asked nothing yet.
+    pub fn new(driver: Arc<dyn Driver>, hooks: Arc<dyn Hooks>, options: Options) -> Self {
+        Self {
+            driver,
+            hooks,
+            settings: Mutex::new((options, NativeOptions::default())),
+            devices: OnceLock::new(),
+            last_device: AtomicUsize::new(0),
+            history_enabled: AtomicBool::new(false),
+        }
+    }
+
+    /// Takes the first `device_count` devices into use. Calling it again does nothing.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] for a device without what the access pattern needs; the driver's.
+    pub fn init(&self, device_count: i32) -> Result<()> {
+        if let Some(devices) = self.devices.get() {
+            if device_count as usize <= devices.len() {
+                return Ok(());
+            }
+            return Err(Error::InvalidArgument(format!(
+                "the allocator was initialised for {} devices and cannot be extended to {device_count}",
+                devices.len()
+            )));
+        }
+        let (options, native) = self.settings.lock().clone();
+        let devices: Box<[Mutex<DeviceState>]> = (0..device_count)
+            .map(|device| {
+                let info = self.driver.device_info(device)?;
+                if options.access_pattern != AccessPattern::Device
+                    && !(info.managed_memory && info.concurrent_managed_access)
+                {
+                    return Err(Error::NotSupported(format!(
+                        "use_uvm:True needs a device with concurrent managed access; device {device} ({}) has none (as under Windows, \
+                         WSL and on Tegra). Allowed here: uvm_access_pattern:device, or use_uvm:False",
+                        info.name
+                    )));
+                }
+                let state = DeviceState::new(
+                    device,
+                    info,
+                    Arc::clone(&self.driver),
+                    Arc::clone(&self.hooks),
+                    options.clone(),
+                    native.clone(),
+                );
+                Ok(Mutex::new(state))
+            })
+            .collect::<Result<_>>()?;
+        // Two threads may come here at once; the first one's devices stay, and nothing was allocated from the others.
+        let _ = self.devices.set(devices);
+        Ok(())
+    }
+
+    /// Whether [`Allocator::init`] has succeeded.
+    pub fn initialized(&self) -> bool {
+        self.devices.get().is_some()
+    }
+
+    #[inline]
+    fn devices(&self) -> &[Mutex<DeviceState>] {
+        self.devices.get().map_or(&[], |devices| devices)
+    }
+
+    #[inline]
+    fn device(&self, device: DeviceIndex) -> Result<&Mutex<DeviceState>> {
+        match self.devices().get(device as usize) {
+            Some(state) => Ok(state),
+            None => Err(self.no_such_device(device)),
+        }
+    }
+
+    #[cold]
+    fn no_such_device(&self, device: DeviceIndex) -> Error {
+        Error::InvalidArgument(match self.devices().len() {
+            0 => format!("allocator not initialized for device {device}: did you call init?"),
+            count => format!("invalid device {device}: expected 0 to {}", count - 1),
+        })
+    }
+
+    /// Allocates at least `bytes` (> 0) for use on `stream`; the block is 512-byte aligned.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; [`Error::InvalidArgument`] for a bad device or zero bytes; the driver's.
+    #[inline]
+    pub fn allocate(
+        &self,
+        device: DeviceIndex,
+        bytes: u64,
+        stream: Stream,
+        mut context: Option<Context>,
+    ) -> Result<DevicePtr> {
+        let state = self.device(device)?;
+        if bytes.wrapping_sub(1) >= crate::device::REQUEST_LIMIT - 1 {
+            return self.refuse(state, bytes, stream, context);
+        }
+        if let Ok(ptr) = state.lock().allocate_cached(bytes, stream, &mut context)? {
+            return Ok(ptr);
+        }
+        self.allocate_new(state, bytes, stream, context)
+    }
+
+    #[cold]
+    fn allocate_new(
+        &self,
+        state: &Mutex<DeviceState>,
+        bytes: u64,
+        stream: Stream,
+        context: Option<Context>,
+    ) -> Result<DevicePtr> {
+        // Callbacks free tensors, which takes the lock.
+        self.hooks.free_memory_callbacks();
+        state.lock().allocate_new(bytes, stream, context)
+    }
+
+    #[cold]
+    fn refuse(
+        &self,
+        state: &Mutex<DeviceState>,
+        bytes: u64,
+        stream: Stream,
+        context: Option<Context>,
+    ) -> Result<DevicePtr> {
+        if bytes == 0 {
+            return Err(Error::InvalidArgument("an allocation of 0 bytes was asked for; expected at least 1".into()));
+        }
+        Err(state.lock().refuse(bytes, stream, context))
+    }
+
+    /// The device of a live allocation.
+    #[inline]
+    fn owner(&self, ptr: DevicePtr, found: &mut impl FnMut(&mut DeviceState) -> bool) -> Result<()> {
+        let devices = self.devices();
+        let hint = self.last_device.load(Ordering::Relaxed);
+        for index in (hint..devices.len()).chain(0..hint.min(devices.len())) {
+            if found(&mut devices[index].lock()) {
+                if index != hint {
+                    self.last_device.store(index, Ordering::Relaxed);
+                }
+                return Ok(());
+            }
+        }
+        Err(Error::InvalidPointer(ptr))
+    }
+
+    /// Runs `f` on the device that a live allocation belongs to, under its lock.
+    fn with_owner<T>(&self, ptr: DevicePtr, mut f: impl FnMut(&mut DeviceState) -> Result<T>) -> Result<T> {
+        let mut result = Err(Error::InvalidPointer(ptr));
+        self.owner(ptr, &mut |state| {
+            let owns = state.owns(ptr);
+            if owns {
+                result = f(state);
+            }
+            owns
+        })?;
+        result
+    }
+
+    /// Gives an allocation back.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPointer`].
+    #[inline]
+    pub fn free(&self, ptr: DevicePtr, context: Option<Context>) -> Result<()> {
+        let mut context = Some(context);
+        self.owner(ptr, &mut |state| {
+            // The context is only used up by the device that owns the allocation, which is the last one asked.
+            if state.owns(ptr) { state.free(ptr, context.take().flatten()) } else { false }
+        })
+    }
+
+    /// What is known about a live allocation.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPointer`].
+    pub fn allocation(&self, ptr: DevicePtr) -> Result<Allocation> {
+        self.with_owner(ptr, |state| state.allocation(ptr))
+    }
+
+    /// Notes that a live allocation is used on a stream of `device` other than its own.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPointer`].
+    pub fn record_stream(&self, ptr: DevicePtr, device: DeviceIndex, stream: Stream) -> Result<()> {
+        self.with_owner(ptr, |state| state.record_stream(ptr, device, stream))
+    }
+
+    /// The segment of a live allocation: its first byte and how many bytes are populated.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPointer`].
+    pub fn base_allocation(&self, ptr: DevicePtr) -> Result<(DevicePtr, u64)> {
+        self.with_owner(ptr, |state| state.base_allocation(ptr))
+    }
+
+    /// A handle by which another process opens the segment of this allocation, and the allocation's offset in it in bytes.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] for managed memory, of which CUDA gives no handles; [`Error::InvalidPointer`]; the driver's.
+    pub fn ipc_handle(&self, ptr: DevicePtr) -> Result<(IpcHandle, u64)> {
+        self.with_owner(ptr, |state| state.ipc_handle(ptr))
+    }
+
+    /// Gives cached memory back to CUDA: everything that can be, or only that of one released pool. Waits for frees that wait
+    /// for events.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] while a capture is underway; the driver's.
+    pub fn empty_cache(&self, mempool: MempoolId, context: Option<Context>) -> Result<()> {
+        self.devices().iter().try_for_each(|state| state.lock().release_cached(mempool, &context))
+    }
+
+    /// The largest block that could be had, in bytes.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device; the driver's.
+    pub fn cache_info(&self, device: DeviceIndex) -> Result<u64> {
+        self.device(device)?.lock().largest_available()
+    }
+
+    /// The fraction of the device's memory that the process may populate; 1 where none was set.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device.
+    pub fn memory_fraction(&self, device: DeviceIndex) -> Result<f64> {
+        Ok(self.device(device)?.lock().fraction())
+    }
+
+    /// Limits what the process may populate to a fraction of the device's memory; 1 lifts the limit, the capacity stays.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device or a fraction outside [0, 1].
+    pub fn set_memory_fraction(&self, device: DeviceIndex, fraction: f64) -> Result<()> {
+        if !(0.0..=1.0).contains(&fraction) {
+            return Err(Error::InvalidArgument(format!("invalid fraction: {fraction}. Please set within (0, 1).")));
+        }
+        self.device(device)?.lock().budget_mut().set_fraction(fraction);
+        Ok(())
+    }
+
+    /// The statistics of a device.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device.
+    pub fn device_stats(&self, device: DeviceIndex) -> Result<DeviceStats> {
+        Ok(*self.device(device)?.lock().stats())
+    }
+
+    /// Starts the accumulated statistics anew.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device.
+    pub fn reset_accumulated_stats(&self, device: DeviceIndex) -> Result<()> {
+        self.device(device)?.lock().stats_mut().reset_accumulated();
+        Ok(())
+    }
+
+    /// Starts the peaks anew.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device.
+    pub fn reset_peak_stats(&self, device: DeviceIndex) -> Result<()> {
+        self.device(device)?.lock().stats_mut().reset_peak();
+        Ok(())
+    }
+
+    /// From now on requests on the streams that `filter` selects are served from this pool, which is made if need be and
+    /// held once more.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device, a released pool, or one already recorded to.
+    pub fn begin_allocate_to_pool(
+        &self,
+        device: DeviceIndex,
+        id: MempoolId,
+        filter: StreamFilter,
+        custom: Option<CustomAllocator>,
+    ) -> Result<()> {
+        self.device(device)?.lock().begin_allocate_to_pool(id, filter, custom)
+    }
+
+    /// Ends [`Allocator::begin_allocate_to_pool`]; the pool stays held.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device or a pool not recorded to.
+    pub fn end_allocate_to_pool(&self, device: DeviceIndex, id: MempoolId) -> Result<()> {
+        self.device(device)?.lock().end_allocate_to_pool(id)
+    }
+
+    /// Lets go of a pool once.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device or pool.
+    pub fn release_pool(&self, device: DeviceIndex, id: MempoolId) -> Result<()> {
+        self.device(device)?.lock().release_pool(id)
+    }
+
+    /// Makes a pool, or holds it once more.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device or a released pool.
+    pub fn ensure_pool(&self, device: DeviceIndex, id: MempoolId, custom: Option<CustomAllocator>) -> Result<()> {
+        self.device(device)?.lock().ensure_pool(id, custom).map(|_| ())
+    }
+
+    /// How many graphs and MemPools hold a pool.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device or pool.
+    pub fn pool_use_count(&self, device: DeviceIndex, id: MempoolId) -> Result<i32> {
+        self.device(device)?.lock().pool_use_count(id)
+    }
+
+    /// Whether others may take this pool's free blocks before they run out of memory.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device or pool.
+    pub fn set_use_on_oom(&self, device: DeviceIndex, id: MempoolId, on: bool) -> Result<()> {
+        self.device(device)?.lock().set_use_on_oom(id, on)
+    }
+
+    /// Whether this pool's blocks are handed out whole.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device or pool.
+    pub fn set_no_split(&self, device: DeviceIndex, id: MempoolId, on: bool) -> Result<()> {
+        self.device(device)?.lock().set_no_split(id, on)
+    }
+
+    /// Whether the live allocations of a pool are exactly these addresses.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device or pool.
+    pub fn check_pool_live_allocations(&self, device: DeviceIndex, id: MempoolId, expected: &[u64]) -> Result<bool> {
+        self.device(device)?.lock().check_pool_live_allocations(id, expected)
+    }
+
+    /// What a pool holds now, to be brought back by [`Allocator::restore_pool`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device or pool, or one with frees that wait for events; the driver's.
+    pub fn checkpoint_state(
+        &self,
+        device: DeviceIndex,
+        id: MempoolId,
+        _context: Option<Context>,
+    ) -> Result<Arc<PoolState>> {
+        self.device(device)?.lock().checkpoint_state(id).map(Arc::new)
+    }
+
+    /// Brings a pool back to a checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device or pool, or a checkpoint that does not fit; nothing has changed then.
+    pub fn restore_pool(&self, device: DeviceIndex, state: &PoolState, context: Option<Context>) -> Result<Restored> {
+        if state.device() != device {
+            return Err(Error::InvalidArgument(format!(
+                "a checkpoint of device {} cannot be restored on device {device}",
+                state.device()
+            )));
+        }
+        self.device(device)?.lock().restore_pool(state, context)
+    }
+
+    /// Starts or stops the memory history of all devices.
+    pub fn set_history(&self, enabled: bool, capacity: usize, level: RecordContext, clear: bool) {
+        for state in self.devices() {
+            state.lock().set_history(enabled, capacity, level, clear);
+        }
+        self.history_enabled.store(enabled, Ordering::Relaxed);
+    }
+
+    /// Whether the memory history is kept.
+    pub fn history_enabled(&self) -> bool {
+        self.history_enabled.load(Ordering::Relaxed)
+    }
+
+    /// Whether [`Hooks::trace`] is told of everything that happens.
+    pub fn set_tracing(&self, on: bool) {
+        for state in self.devices() {
+            state.lock().set_tracking(on);
+        }
+    }
+
+    /// All segments and traces, or one pool's segments.
+    ///
+    /// # Errors
+    /// None at present; snapshots of later kinds ask CUDA.
+    pub fn snapshot(&self, mempool: MempoolId) -> Result<Snapshot> {
+        let mut snapshot = Snapshot { segments: Vec::new(), traces: Vec::new() };
+        for state in self.devices() {
+            let mut state = state.lock();
+            // As `native`: the trace ends before the entry that marks this snapshot.
+            snapshot.traces.push(state.trace_entries());
+            snapshot.segments.extend(state.snapshot(mempool));
+        }
+        Ok(snapshot)
+    }
+
+    /// What programs are told of memory: (free, total) in bytes, the total being the capacity.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device; the driver's.
+    pub fn memory_info(&self, device: DeviceIndex) -> Result<(u64, u64)> {
+        self.device(device)?.lock().memory_info()
+    }
+
+    /// PyTorch's own settings: at start, and whenever they change.
+    pub fn set_native_options(&self, native: NativeOptions) {
+        for state in self.devices() {
+            state.lock().set_native_options(native.clone());
+        }
+        self.settings.lock().1 = native;
+    }
+
+    /// Our options as they are.
+    pub fn options(&self) -> Options {
+        self.settings.lock().0.clone()
+    }
+
+    /// Changes our options at run time. What is allocated already stays where it is.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a key that cannot change at run time; nothing has changed then.
+    pub fn set_options(&self, options: Options) -> Result<()> {
+        let mut settings = self.settings.lock();
+        let changed = |key: &str, from: String, to: String| {
+            Error::InvalidArgument(format!(
+                "{key}: '{to}' is not allowed: it is {from} since the start of the process and cannot change at run time"
+            ))
+        };
+        if options.enabled != settings.0.enabled {
+            let name = |on| if on { "True" } else { "False" }.to_string();
+            return Err(changed("use_uvm", name(settings.0.enabled), name(options.enabled)));
+        }
+        if options.access_pattern != settings.0.access_pattern && self.initialized() {
+            let (from, to) = (settings.0.access_pattern.name(), options.access_pattern.name());
+            return Err(changed("uvm_access_pattern", from.into(), to.into()));
+        }
+        for state in self.devices() {
+            state.lock().set_options(options.clone());
+        }
+        settings.0 = options;
+        Ok(())
+    }
+
+    /// Checks that the books of every device balance. For tests.
+    ///
+    /// # Errors
+    /// What does not, in words.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        self.devices().iter().try_for_each(|state| state.lock().check())
+    }
+}

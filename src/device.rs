@@ -1,0 +1,608 @@
+//! The allocator of one device: everything under the device's lock.
+//!
+//! [`DeviceState::allocate_cached`] and [`DeviceState::free`] are the hot path: free lists, a few statistics, no
+//! CUDA call unless frees wait for events. Everything that asks CUDA for memory or gives some back is in
+//! `grow.rs`; pools of graphs and MemPools in `private.rs`; what a snapshot shows in `snapshot.rs`.
+
+mod grow;
+mod private;
+mod snapshot;
+
+pub use grow::REQUEST_LIMIT;
+pub use private::{PoolState, Restored};
+pub use snapshot::{BlockInfo, SegmentInfo};
+
+use crate::allocator::{Hooks, StreamFilter};
+use crate::blocks::{BlockId, BlockState, Blocks, ListId, MIN_BLOCK};
+use crate::budget::{Budget, Populated};
+use crate::driver::{DeviceIndex, DeviceInfo, DevicePtr, Driver, IpcHandle, Stream};
+use crate::error::{Error, Result};
+use crate::history::{Action, Context, History, TraceEntry};
+use crate::options::{NativeOptions, Options};
+use crate::pools::{DEFAULT_POOL, List, PoolId, Pools};
+use crate::segments::{Memory, Segment, SegmentId, round_size};
+use crate::stats::DeviceStats;
+use crate::streams::Waits;
+use rustc_hash::FxHashMap;
+use std::sync::Arc;
+
+/// What an allocation is asked to be.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// Bytes as the program asked, at least 1.
+    pub bytes: u64,
+    /// Rounded: a multiple of 512.
+    pub rounded: u64,
+    /// The stream it will be used on.
+    pub stream: Stream,
+    /// The free list that serves it.
+    pub list: ListId,
+}
+
+/// A live allocation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Allocation {
+    /// On which device.
+    pub device: DeviceIndex,
+    /// Bytes of its block.
+    pub block_bytes: u64,
+    /// Bytes as the program asked.
+    pub requested_bytes: u64,
+    /// The stream it was allocated for.
+    pub stream: Stream,
+}
+
+struct Capture {
+    pool: PoolId,
+    filter: StreamFilter,
+}
+
+/// Everything known about one device.
+pub struct DeviceState {
+    device: DeviceIndex,
+    info: DeviceInfo,
+    driver: Arc<dyn Driver>,
+    hooks: Arc<dyn Hooks>,
+    options: Options,
+    native: NativeOptions,
+    budget: Budget,
+    populated: Populated,
+    blocks: Blocks,
+    pools: Pools,
+    segments: Vec<Option<Segment>>,
+    /// Growing segments by the free list they feed.
+    growing: FxHashMap<ListId, Vec<SegmentId>>,
+    /// Live allocations by address.
+    live: FxHashMap<u64, BlockId>,
+    waits: Waits,
+    captures: Vec<Capture>,
+    stats: DeviceStats,
+    history: History,
+    /// Whether [`Hooks::trace`] wants entries.
+    tracked: bool,
+    /// `history.enabled() || tracked`: one test on the hot path.
+    tracing: bool,
+    contexts: FxHashMap<BlockId, Context>,
+    /// Populates what a capturing stream cannot.
+    side_stream: Option<Stream>,
+    /// Address ranges that CUDA would not take back when they were half made.
+    orphans: Vec<DevicePtr>,
+    /// Blocks that have finished waiting; kept to be reused.
+    done: Vec<BlockId>,
+}
+
+impl DeviceState {
+    /// The state of a device from which nothing was allocated yet.
+    pub fn new(
+        device: DeviceIndex,
+        info: DeviceInfo,
+        driver: Arc<dyn Driver>,
+        hooks: Arc<dyn Hooks>,
+        options: Options,
+        native: NativeOptions,
+    ) -> Self {
+        Self {
+            device,
+            budget: Budget::new(&info, &options),
+            info,
+            driver,
+            hooks,
+            options,
+            native,
+            populated: Populated::default(),
+            blocks: Blocks::default(),
+            pools: Pools::default(),
+            segments: Vec::new(),
+            growing: FxHashMap::default(),
+            live: FxHashMap::default(),
+            waits: Waits::default(),
+            captures: Vec::new(),
+            stats: DeviceStats::default(),
+            history: History::default(),
+            tracked: false,
+            tracing: false,
+            contexts: FxHashMap::default(),
+            side_stream: None,
+            orphans: Vec::new(),
+            done: Vec::new(),
+        }
+    }
+
+    /// PyTorch's own settings, as they are now.
+    pub fn set_native_options(&mut self, native: NativeOptions) {
+        self.native = native;
+    }
+
+    /// Our options, as they are now. The fraction set by the program stays.
+    pub fn set_options(&mut self, options: Options) {
+        let fraction = self.budget.fraction_is_set().then(|| self.budget.fraction());
+        self.budget = Budget::new(&self.info, &options);
+        if let Some(fraction) = fraction {
+            self.budget.set_fraction(fraction);
+        }
+        self.options = options;
+    }
+
+    /// The limits.
+    pub fn budget_mut(&mut self) -> &mut Budget {
+        &mut self.budget
+    }
+
+    /// The fraction set by `set_per_process_memory_fraction`.
+    pub fn fraction(&self) -> f64 {
+        self.budget.fraction()
+    }
+
+    /// The statistics.
+    pub fn stats(&self) -> &DeviceStats {
+        &self.stats
+    }
+
+    /// The statistics, to be reset.
+    pub fn stats_mut(&mut self) -> &mut DeviceStats {
+        &mut self.stats
+    }
+
+    /// Populated bytes by place.
+    pub fn populated(&self) -> Populated {
+        self.populated
+    }
+
+    /// Serves a request from the cache, if it can. First completes what frees wait for, if anything.
+    ///
+    /// # Errors
+    /// The driver's, while asking about events.
+    #[inline]
+    pub fn allocate_cached(
+        &mut self,
+        bytes: u64,
+        stream: Stream,
+        context: &mut Option<Context>,
+    ) -> Result<std::result::Result<DevicePtr, Request>> {
+        if !self.waits.is_idle() && self.captures.is_empty() {
+            // Events may not be queried while a capture is underway.
+            self.process_events()?;
+        }
+        let request = self.request(bytes, stream);
+        Ok(match self.take(&request) {
+            Some(block) => Ok(self.hand_out(block, &request, context.take())),
+            None => Err(request),
+        })
+    }
+
+    /// What a request for `bytes` on `stream` is now.
+    #[inline]
+    fn request(&mut self, bytes: u64, stream: Stream) -> Request {
+        let rounded = round_size(bytes, &self.native);
+        let pool = if self.captures.is_empty() { PoolId::DEFAULT } else { self.captured_pool(stream) };
+        Request { bytes, rounded, stream, list: self.pools.list_for(pool, rounded, stream) }
+    }
+
+    #[cold]
+    fn captured_pool(&self, stream: Stream) -> PoolId {
+        self.captures.iter().find(|c| (c.filter)(stream)).map_or(PoolId::DEFAULT, |c| c.pool)
+    }
+
+    /// Takes the best fitting free block out of the request's list.
+    #[inline]
+    fn take(&mut self, request: &Request) -> Option<BlockId> {
+        let max_split = self.native.max_split_size;
+        let list = &mut self.pools[request.list];
+        list.requests += 1;
+        let found = if max_split == u64::MAX {
+            list.free.best_fit(&self.blocks, request.rounded)
+        } else {
+            // Oversize blocks are segments of their own: neither split for small requests, nor wasted on much smaller ones.
+            let ceiling = request.rounded.saturating_add(self.native.max_non_split_rounding_size);
+            let oversize = request.rounded >= max_split;
+            list.free.find(&self.blocks, request.rounded, |block| {
+                let growing = self.segments[block.segment.0 as usize].as_ref().is_some_and(|s| s.growing);
+                if oversize { !growing && block.bytes < ceiling } else { growing || block.bytes < max_split }
+            })
+        };
+        let block = found?;
+        list.free.remove(&mut self.blocks, block);
+        Some(block)
+    }
+
+    /// Whether the rest of a block is worth a block of its own.
+    #[inline]
+    fn should_split(&self, block: BlockId, request: &Request) -> bool {
+        let rest = self.blocks[block].bytes - request.rounded;
+        if rest == 0 {
+            return false;
+        }
+        let list = &self.pools[self.blocks[block].list];
+        if self.pools[list.pool].no_split {
+            return false;
+        }
+        if list.small || self.segment(self.blocks[block].segment).growing {
+            rest >= MIN_BLOCK
+        } else {
+            request.rounded < self.native.max_split_size && rest > crate::segments::SMALL_LIMIT
+        }
+    }
+
+    /// Makes a block that was taken out of its list the program's, less what is worth a block of its own.
+    #[inline]
+    fn hand_out(&mut self, block: BlockId, request: &Request, context: Option<Context>) -> DevicePtr {
+        let split = self.should_split(block, request);
+        self.hand_out_part(block, request, split, context)
+    }
+
+    /// As [`DeviceState::hand_out`], but exactly the request's bytes, whatever the options say of splitting now.
+    fn hand_out_exactly(&mut self, block: BlockId, request: &Request, context: Option<Context>) -> DevicePtr {
+        let split = self.blocks[block].bytes > request.rounded;
+        self.hand_out_part(block, request, split, context)
+    }
+
+    #[inline]
+    fn hand_out_part(&mut self, block: BlockId, request: &Request, split: bool, context: Option<Context>) -> DevicePtr {
+        let small = self.pools[self.blocks[block].list].small;
+        let fixed = !self.segment(self.blocks[block].segment).growing;
+        let was_split = self.blocks.is_split(block);
+        if split {
+            let rest = self.split_off(block, request.rounded);
+            if fixed {
+                if was_split {
+                    self.stats.inactive_split_bytes.decrease(small, request.rounded);
+                } else {
+                    self.stats.inactive_split_bytes.increase(small, self.blocks[rest].bytes);
+                    self.stats.inactive_split.increase(small, 1);
+                }
+            }
+        } else if fixed && was_split {
+            self.stats.inactive_split_bytes.decrease(small, self.blocks[block].bytes);
+            self.stats.inactive_split.decrease(small, 1);
+        }
+
+        let taken = &mut self.blocks[block];
+        taken.state = BlockState::Allocated;
+        taken.requested = request.bytes;
+        let (address, bytes) = (taken.address, taken.bytes);
+        self.live.insert(address, block);
+        let stats = &mut self.stats;
+        stats.allocation.increase(small, 1);
+        stats.allocated_bytes.increase(small, bytes);
+        stats.active.increase(small, 1);
+        stats.active_bytes.increase(small, bytes);
+        stats.requested_bytes.increase(small, request.bytes);
+        if bytes >= self.native.max_split_size {
+            stats.oversize_allocations.increase(1);
+        }
+        if context.is_some() || self.tracing {
+            self.remember_allocation(block, context);
+        }
+        DevicePtr(address)
+    }
+
+    #[cold]
+    fn remember_allocation(&mut self, block: BlockId, context: Option<Context>) {
+        self.trace_block(Action::Alloc, block, context.clone());
+        if let Some(context) = context {
+            self.blocks[block].has_context = true;
+            self.contexts.insert(block, context);
+        }
+    }
+
+    /// Cuts a taken block after `bytes` and puts the rest into the free list.
+    fn split_off(&mut self, block: BlockId, bytes: u64) -> BlockId {
+        let rest = self.blocks.split(block, bytes);
+        let Segment { last, .. } = self.segment_mut(self.blocks[block].segment);
+        if *last == block {
+            *last = rest;
+        }
+        let list = self.blocks[rest].list;
+        self.pools[list].free.insert(&mut self.blocks, rest);
+        rest
+    }
+
+    /// Whether this address is a live allocation of this device.
+    #[inline]
+    pub fn owns(&self, ptr: DevicePtr) -> bool {
+        self.live.contains_key(&ptr.0)
+    }
+
+    /// What is known about a live allocation.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPointer`].
+    pub fn allocation(&self, ptr: DevicePtr) -> Result<Allocation> {
+        let block = &self.blocks[self.find(ptr)?];
+        Ok(Allocation {
+            device: self.device,
+            block_bytes: block.bytes,
+            requested_bytes: block.requested,
+            stream: self.pools[block.list].stream,
+        })
+    }
+
+    fn find(&self, ptr: DevicePtr) -> Result<BlockId> {
+        self.live.get(&ptr.0).copied().ok_or(Error::InvalidPointer(ptr))
+    }
+
+    /// The program gives an allocation back. Answers false where it is not one of this device.
+    ///
+    /// A driver error while recording events does not fail the free: destructors cannot throw. The block stays
+    /// unavailable until its events can be recorded.
+    #[inline]
+    pub fn free(&mut self, ptr: DevicePtr, context: Option<Context>) -> bool {
+        let Some(block) = self.live.remove(&ptr.0) else { return false };
+        let Self { blocks, pools, stats, .. } = self;
+        let freed = &mut blocks[block];
+        let bytes = freed.bytes;
+        let small = pools[freed.list].small;
+        stats.allocation.decrease(small, 1);
+        stats.allocated_bytes.decrease(small, bytes);
+        if bytes >= self.native.max_split_size {
+            stats.oversize_allocations.decrease(1);
+        }
+        freed.state = BlockState::Pending;
+        let has_uses = freed.has_uses;
+        if self.tracing {
+            self.trace_block(Action::FreeRequested, block, context.clone());
+        }
+        if !has_uses || !self.must_wait(block) {
+            self.free_block(block, context);
+        }
+        true
+    }
+
+    /// Whether a freed block that was recorded on other streams has to wait.
+    #[cold]
+    fn must_wait(&mut self, block: BlockId) -> bool {
+        if !self.captures.is_empty() {
+            self.waits.defer(block);
+            return true;
+        }
+        match self.waits.freed(&*self.driver, block) {
+            Ok(waits) => waits,
+            Err(error) => {
+                tracing::warn!(device = self.device, %error, "a free waits until its events can be recorded");
+                true
+            }
+        }
+    }
+
+    /// Puts a block that nothing uses any more into its free list, merged with its free neighbours.
+    #[inline]
+    fn free_block(&mut self, block: BlockId, context: Option<Context>) {
+        if self.tracing {
+            self.trace_block(Action::FreeCompleted, block, context);
+        }
+        let Self { blocks, pools, stats, segments, contexts, waits, .. } = self;
+        let freed = &mut blocks[block];
+        let (bytes, requested, list, segment) = (freed.bytes, freed.requested, freed.list, freed.segment);
+        let (prev, next) = (freed.prev, freed.next);
+        freed.state = BlockState::Free;
+        freed.requested = 0;
+        if freed.has_context {
+            freed.has_context = false;
+            contexts.remove(&block);
+        }
+        if freed.has_uses {
+            freed.has_uses = false;
+            waits.forget(block);
+        }
+        let List { free, small, requests, .. } = &mut pools[list];
+        let small = *small;
+        let segment = segments[segment.0 as usize].as_mut().expect("a block's segment lives as long as the block");
+        let (mut merged, mut gone, mut gone_bytes) = (block, 0, 0);
+        if next.is_some() && blocks[next].state == BlockState::Free {
+            free.remove(blocks, next);
+            gone += 1;
+            gone_bytes += blocks[next].bytes;
+            blocks.merge(merged, next);
+            if segment.last == next {
+                segment.last = merged;
+            }
+        }
+        if prev.is_some() && blocks[prev].state == BlockState::Free {
+            free.remove(blocks, prev);
+            gone += 1;
+            gone_bytes += blocks[prev].bytes;
+            blocks.merge(prev, merged);
+            if segment.last == merged {
+                segment.last = prev;
+            }
+            merged = prev;
+        }
+        free.insert(blocks, merged);
+        let split = blocks.is_split(merged);
+        if !split {
+            segment.free_since = *requests;
+        }
+        if !segment.growing {
+            stats.inactive_split.decrease(small, gone);
+            stats.inactive_split_bytes.decrease(small, gone_bytes);
+            if split {
+                stats.inactive_split.increase(small, 1);
+                stats.inactive_split_bytes.increase(small, blocks[merged].bytes);
+            }
+        }
+        stats.active.decrease(small, 1);
+        stats.active_bytes.decrease(small, bytes);
+        stats.requested_bytes.decrease(small, requested);
+    }
+
+    /// The segment of a live allocation: its first byte and its populated bytes.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPointer`].
+    pub fn base_allocation(&self, ptr: DevicePtr) -> Result<(DevicePtr, u64)> {
+        let segment = self.segment(self.blocks[self.find(ptr)?].segment);
+        Ok((segment.base, segment.populated))
+    }
+
+    /// The IPC handle of an allocation's segment, and the allocation's offset in it in bytes.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] for managed memory; [`Error::InvalidPointer`]; the driver's.
+    pub fn ipc_handle(&self, ptr: DevicePtr) -> Result<(IpcHandle, u64)> {
+        let segment = self.segment(self.blocks[self.find(ptr)?].segment);
+        if segment.memory == Memory::Managed {
+            return Err(Error::NotSupported(
+                "managed memory cannot be shared between processes: CUDA gives no IPC handles for it. \
+                 Memory placed by uvm_access_pattern:device can be"
+                    .into(),
+            ));
+        }
+        let handle = self.driver.ipc_handle(self.device, segment.base)?;
+        Ok((handle, ptr.0 - segment.base.0))
+    }
+
+    /// Notes a use on another stream.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPointer`].
+    pub fn record_stream(&mut self, ptr: DevicePtr, device: DeviceIndex, stream: Stream) -> Result<()> {
+        let block = self.find(ptr)?;
+        // Uses on the allocation's own stream are ordered by the stream itself.
+        if (device, stream) != (self.device, self.pools[self.blocks[block].list].stream) {
+            self.waits.record_use(block, (device, stream), !self.captures.is_empty());
+            self.blocks[block].has_uses = true;
+        }
+        Ok(())
+    }
+
+    /// Frees what has finished waiting.
+    #[cold]
+    fn process_events(&mut self) -> Result<()> {
+        let mut done = std::mem::take(&mut self.done);
+        let result = self
+            .waits
+            .record_deferred(&*self.driver, &mut done)
+            .and_then(|()| self.waits.poll(&*self.driver, &mut done));
+        self.free_done(done);
+        Ok(result?)
+    }
+
+    /// Waits for everything that frees wait for, in one pool or in all.
+    fn synchronize_events(&mut self, pool: Option<PoolId>) -> Result<()> {
+        self.stats.num_sync_all_streams += 1;
+        let mut done = std::mem::take(&mut self.done);
+        let Self { waits, driver, blocks, pools, .. } = self;
+        let result = waits.record_deferred(&**driver, &mut done).and_then(|()| {
+            let which = |block: BlockId| pool.is_none_or(|pool| pools[blocks[block].list].pool == pool);
+            waits.synchronize(&**driver, which, &mut done)
+        });
+        self.free_done(done);
+        Ok(result?)
+    }
+
+    fn free_done(&mut self, mut done: Vec<BlockId>) {
+        for block in done.drain(..) {
+            self.free_block(block, None);
+        }
+        self.done = done;
+    }
+
+    #[inline]
+    fn segment(&self, id: SegmentId) -> &Segment {
+        self.segments[id.0 as usize].as_ref().expect("a SegmentId is only kept while its segment lives")
+    }
+
+    #[inline]
+    fn segment_mut(&mut self, id: SegmentId) -> &mut Segment {
+        self.segments[id.0 as usize].as_mut().expect("a SegmentId is only kept while its segment lives")
+    }
+
+    /// Starts or stops the history.
+    pub fn set_history(&mut self, enabled: bool, capacity: usize, level: crate::history::RecordContext, clear: bool) {
+        self.history.configure(enabled, capacity, level, clear);
+        self.tracing = self.history.enabled() || self.tracked;
+    }
+
+    /// Whether the history is kept.
+    pub fn history_enabled(&self) -> bool {
+        self.history.enabled()
+    }
+
+    /// Whether [`Hooks::trace`] is told of everything.
+    pub fn set_tracking(&mut self, on: bool) {
+        self.tracked = on;
+        self.tracing = self.history.enabled() || self.tracked;
+    }
+
+    #[cold]
+    fn trace_block(&mut self, action: Action, id: BlockId, context: Option<Context>) {
+        let block = self.blocks[id];
+        let list = &self.pools[block.list];
+        let entry = TraceEntry {
+            action,
+            device: self.device,
+            address: block.address,
+            bytes: block.requested,
+            stream: list.stream,
+            time: 0,
+            mempool: self.pools[list.pool].id,
+            context: context.or_else(|| self.contexts.get(&id).cloned()),
+        };
+        self.trace(entry);
+    }
+
+    fn trace_segment(&mut self, action: Action, id: SegmentId, address: u64, bytes: u64, context: Option<Context>) {
+        let segment = self.segment(id);
+        let list = &self.pools[segment.list];
+        let entry = TraceEntry {
+            action,
+            device: self.device,
+            address,
+            bytes,
+            stream: list.stream,
+            time: 0,
+            mempool: self.pools[list.pool].id,
+            context: context.or_else(|| segment.context.clone()),
+        };
+        self.trace(entry);
+    }
+
+    fn trace_event(&mut self, action: Action, address: u64, bytes: u64, stream: Stream, context: Option<Context>) {
+        let entry =
+            TraceEntry { action, device: self.device, address, bytes, stream, time: 0, mempool: DEFAULT_POOL, context };
+        self.trace(entry);
+    }
+
+    /// Keeps an entry and tells the trackers.
+    fn trace(&mut self, mut entry: TraceEntry) {
+        if !self.tracing {
+            return;
+        }
+        entry.time = self.hooks.approximate_time();
+        if !self.history.keeps_context() {
+            entry.context = None;
+        }
+        if self.tracked {
+            self.hooks.trace(&entry);
+        }
+        self.history.push(entry);
+    }
+
+    /// Checks that the books balance.
+    ///
+    /// # Errors
+    /// What does not, in words.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        snapshot::check(self)
+    }
+}

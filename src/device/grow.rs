@@ -1,0 +1,634 @@
+//! Memory from CUDA and back to it: growing and making segments, giving cached ones back, running out.
+//!
+//! All of it may run while some stream captures, so it runs in relaxed capture mode (see [`Driver`]). Whatever
+//! fails half-way is undone before the error is reported: the books change only when CUDA has agreed.
+
+use super::{DeviceState, Request};
+use crate::blocks::{BlockId, BlockState, ListId};
+use crate::budget::Exceeded;
+use crate::driver::{CaptureMode, DevicePtr, Driver, DriverError, ErrorKind, Range, Stream};
+use crate::error::{Error, Limit, OutOfMemory, Result};
+use crate::history::{Action, Context};
+use crate::options::AccessPattern;
+use crate::placement;
+use crate::pools::{DEFAULT_POOL, MempoolId, PoolId};
+use crate::segments::{CustomAllocator, Memory, Place, SMALL_STEP, Segment, SegmentId, population_step, range_bytes};
+use std::sync::Arc;
+
+/// Requests from here on are refused without asking anyone (c10's limit: one exbibyte).
+pub const REQUEST_LIMIT: u64 = 1 << 60;
+
+/// Memory, or why there is none.
+type Obtained = std::result::Result<BlockId, Exceeded>;
+
+/// Relaxed capture mode for this thread, until dropped.
+struct Relaxed {
+    driver: Arc<dyn Driver>,
+    before: CaptureMode,
+}
+
+impl Relaxed {
+    fn enter(driver: &Arc<dyn Driver>) -> Result<Self> {
+        let before = driver.exchange_capture_mode(CaptureMode::Relaxed)?;
+        Ok(Self { driver: Arc::clone(driver), before })
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        if let Err(error) = self.driver.exchange_capture_mode(self.before) {
+            tracing::error!(%error, "the thread's stream capture mode could not be restored");
+        }
+    }
+}
+
+/// Sorts a driver error into "no memory", which caches may mend, and the rest.
+fn shortage<T>(error: DriverError, capacity: u64) -> Result<std::result::Result<T, Exceeded>> {
+    match error.kind {
+        ErrorKind::OutOfMemory => Ok(Err(Exceeded { limit: Limit::Device, capacity })),
+        _ => Err(error.into()),
+    }
+}
+
+impl DeviceState {
+    /// Serves a request that the cache could not: from new memory, if need be after giving cached memory back.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] when a limit is met all the same; the driver's.
+    pub fn allocate_new(&mut self, bytes: u64, stream: Stream, mut context: Option<Context>) -> Result<DevicePtr> {
+        // Others may have changed everything while the lock was not held.
+        let request = match self.allocate_cached(bytes, stream, &mut context)? {
+            Ok(ptr) => return Ok(ptr),
+            Err(request) => request,
+        };
+        let relaxed = Relaxed::enter(&self.driver)?;
+        let obtained = self.obtain(&request, &context);
+        drop(relaxed);
+        match obtained? {
+            Ok(block) => Ok(self.hand_out(block, &request, context)),
+            Err(exceeded) => Err(self.out_of_memory(&request, exceeded, context)),
+        }
+    }
+
+    /// A request that no machine can serve: counted and reported, and nothing is given back for it.
+    pub fn refuse(&mut self, bytes: u64, stream: Stream, context: Option<Context>) -> Error {
+        let list = self.pools.list_for(PoolId::DEFAULT, REQUEST_LIMIT, stream);
+        let request = Request { bytes, rounded: bytes.min(u64::MAX - SMALL_STEP), stream, list };
+        let exceeded = self.budget.capacity(&self.populated, None);
+        self.out_of_memory(&request, exceeded, context)
+    }
+
+    fn obtain(&mut self, request: &Request, context: &Option<Context>) -> Result<Obtained> {
+        self.collect_garbage(context)?;
+        let Err(mut exceeded) = self.new_memory(request, context)? else {
+            return Ok(self.take(request).ok_or(self.lost()));
+        };
+        if self.captures.is_empty() {
+            if self.release_oversize(request, context)? && self.new_memory(request, context)?.is_ok() {
+                return Ok(self.take(request).ok_or(self.lost()));
+            }
+            self.release_cached(DEFAULT_POOL, context)?;
+            self.stats.num_alloc_retries += 1;
+            // Waiting for events may have freed enough in partly used segments.
+            if let Some(block) = self.take(request) {
+                return Ok(Ok(block));
+            }
+            match self.new_memory(request, context)? {
+                Ok(()) => return Ok(self.take(request).ok_or(self.lost())),
+                Err(again) => exceeded = again,
+            }
+        }
+        Ok(self.borrow(request).ok_or(exceeded))
+    }
+
+    /// What it would mean if memory just made could not be found in its list: out of memory, not a crash.
+    fn lost(&self) -> Exceeded {
+        Exceeded { limit: Limit::Device, capacity: self.budget.capacity(&self.populated, None).capacity }
+    }
+
+    /// A free block of a pool that lends to others before they run out (`use_on_oom`).
+    fn borrow(&mut self, request: &Request) -> Option<BlockId> {
+        if self.pools[request.list].pool != PoolId::DEFAULT {
+            return None;
+        }
+        let lenders: Vec<PoolId> = self.pools.ids().filter(|&pool| self.pools[pool].use_on_oom).collect();
+        lenders.into_iter().find_map(|pool| {
+            let list = self.pools.list_for(pool, request.rounded, request.stream);
+            self.take(&Request { list, ..*request })
+        })
+    }
+
+    /// Puts a free block that fits the request into its list: grows a segment, or makes one.
+    fn new_memory(
+        &mut self,
+        request: &Request,
+        context: &Option<Context>,
+    ) -> Result<std::result::Result<(), Exceeded>> {
+        if request.rounded >= REQUEST_LIMIT {
+            return Ok(Err(self.budget.capacity(&self.populated, None)));
+        }
+        let custom = self.pools[self.pools[request.list].pool].custom;
+        let step = population_step(request.rounded, request.rounded);
+        let plan =
+            placement::plan(self.options.access_pattern, self.populated.device, step, self.budget.device_limit());
+        if let Some(custom) = custom {
+            return self.fixed_segment(request, Memory::Custom(custom), Place::Unplaced, step, context);
+        }
+        if plan.place == Place::Device {
+            self.relieve(step, context)?;
+        }
+        if plan.memory == Memory::Device || request.rounded >= self.native.max_split_size {
+            return self.fixed_segment(request, plan.memory, plan.place, step, context);
+        }
+        if let Some((segment, missing)) = self.segment_with_room(request, plan.place) {
+            let room = self.segment(segment).room();
+            let step = population_step(request.rounded, missing).min(room);
+            let least = missing.next_multiple_of(SMALL_STEP);
+            let grown = self.grow(segment, step, request, context)?;
+            return match grown {
+                Err(_) if least < step => self.grow(segment, least, request, context),
+                grown => Ok(grown),
+            };
+        }
+        let least = request.rounded.next_multiple_of(SMALL_STEP);
+        match self.growing_segment(request, plan.place, step, context)? {
+            Err(_) if least < step => self.growing_segment(request, plan.place, least, context),
+            made => Ok(made),
+        }
+    }
+
+    /// The growing segment of the request's list that lacks least, and how much it lacks.
+    fn segment_with_room(&self, request: &Request, place: Place) -> Option<(SegmentId, u64)> {
+        let candidates = self.growing.get(&request.list)?;
+        candidates
+            .iter()
+            .map(|&id| {
+                let segment = self.segment(id);
+                let last = &self.blocks[segment.last];
+                let tail = if last.state == BlockState::Free { last.bytes } else { 0 };
+                (id, segment, request.rounded.saturating_sub(tail))
+            })
+            .filter(|(_, segment, missing)| *missing > 0 && segment.place == place && *missing <= segment.room())
+            .min_by_key(|(_, _, missing)| *missing)
+            .map(|(id, _, missing)| (id, missing))
+    }
+
+    /// Whether the limits allow `bytes` more in `place`.
+    fn admit(&self, place: Place, bytes: u64) -> Result<std::result::Result<(), Exceeded>> {
+        let host =
+            if self.budget.needs_host(&self.populated, place, bytes) { Some(self.driver.host_memory()?) } else { None };
+        Ok(self.budget.admit(&self.populated, place, bytes, host.as_ref()))
+    }
+
+    /// Populates the next `bytes` of a growing segment.
+    fn grow(
+        &mut self,
+        id: SegmentId,
+        bytes: u64,
+        request: &Request,
+        context: &Option<Context>,
+    ) -> Result<std::result::Result<(), Exceeded>> {
+        let segment = self.segment(id);
+        let (place, last, list) = (segment.place, segment.last, segment.list);
+        let start = segment.base.offset(segment.populated);
+        if let Err(exceeded) = self.admit(place, bytes)? {
+            return Ok(Err(exceeded));
+        }
+        if let Err(error) = self.populate(Range { ptr: start, bytes }, place, request) {
+            return shortage(error, self.budget.capacity(&self.populated, None).capacity);
+        }
+        self.segment_mut(id).populated += bytes;
+        self.populated.add(place, bytes);
+        if self.blocks[last].state == BlockState::Free {
+            let free = &mut self.pools[list].free;
+            free.remove(&mut self.blocks, last);
+            self.blocks[last].bytes += bytes;
+            free.insert(&mut self.blocks, last);
+        } else {
+            let tail = self.blocks.create(start.0, bytes, id, list, (last, BlockId::NONE));
+            self.segment_mut(id).last = tail;
+            self.pools[list].free.insert(&mut self.blocks, tail);
+        }
+        self.count_reserved(list, bytes);
+        self.trace_segment(Action::SegmentMap, id, start.0, bytes, context.clone());
+        Ok(Ok(()))
+    }
+
+    /// Makes a growing segment and populates its first `bytes`.
+    fn growing_segment(
+        &mut self,
+        request: &Request,
+        place: Place,
+        bytes: u64,
+        context: &Option<Context>,
+    ) -> Result<std::result::Result<(), Exceeded>> {
+        if let Err(exceeded) = self.admit(place, bytes)? {
+            return Ok(Err(exceeded));
+        }
+        let range = range_bytes(request.rounded);
+        let base = match self.managed_range(range, bytes, place, request) {
+            Ok(base) => base,
+            Err(error) => return shortage(error, self.budget.capacity(&self.populated, None).capacity),
+        };
+        self.add_segment(request, base, (range, bytes), (true, Memory::Managed, place), context);
+        Ok(Ok(()))
+    }
+
+    /// Makes a segment that is populated whole and does not grow.
+    fn fixed_segment(
+        &mut self,
+        request: &Request,
+        memory: Memory,
+        place: Place,
+        bytes: u64,
+        context: &Option<Context>,
+    ) -> Result<std::result::Result<(), Exceeded>> {
+        if let Err(exceeded) = self.admit(place, bytes)? {
+            return Ok(Err(exceeded));
+        }
+        let capacity = self.budget.capacity(&self.populated, None).capacity;
+        let made = match memory {
+            Memory::Managed => self.managed_range(bytes, bytes, place, request),
+            Memory::Device => self.driver.alloc_device(self.device, bytes),
+            Memory::Custom(custom) => match self.hooks.custom_alloc(custom, bytes) {
+                Some(base) => Ok(base),
+                None => return Ok(Err(Exceeded { limit: Limit::Device, capacity })),
+            },
+        };
+        let base = match made {
+            Ok(base) => base,
+            Err(error) => return shortage(error, capacity),
+        };
+        self.add_segment(request, base, (bytes, bytes), (false, memory, place), context);
+        Ok(Ok(()))
+    }
+
+    /// Managed address space with its advice, the first `populate` bytes populated; all of it or nothing.
+    fn managed_range(
+        &mut self,
+        bytes: u64,
+        populate: u64,
+        place: Place,
+        request: &Request,
+    ) -> crate::driver::Result<DevicePtr> {
+        let base = self.driver.alloc_managed(self.device, bytes)?;
+        let range = Range { ptr: base, bytes };
+        let prepared = placement::advice(place, self.device, &self.info)
+            .into_iter()
+            .try_for_each(|advice| self.driver.advise(self.device, range, advice))
+            .and_then(|()| self.populate(Range { ptr: base, bytes: populate }, place, request));
+        if let Err(error) = prepared {
+            self.abandon(base);
+            return Err(error);
+        }
+        Ok(base)
+    }
+
+    /// Populates a range ahead of its use, in the order of the requesting stream where that is legal.
+    fn populate(&mut self, range: Range, place: Place, request: &Request) -> crate::driver::Result<()> {
+        let Some(to) = placement::population(place, self.device, &self.info, &self.options, request.bytes) else {
+            return Ok(());
+        };
+        let driver = Arc::clone(&self.driver);
+        let capturing = match driver.stream_is_capturing(self.device, request.stream) {
+            Ok(capturing) => capturing,
+            // The legacy stream may not even be asked while a blocking stream captures.
+            Err(error) if error.kind == ErrorKind::StreamCapture => true,
+            Err(error) => return Err(error),
+        };
+        if !capturing {
+            return driver.prefetch(self.device, range, to, request.stream);
+        }
+        let side = match self.side_stream {
+            Some(side) => side,
+            None => *self.side_stream.insert(driver.stream_create(self.device)?),
+        };
+        driver.prefetch(self.device, range, to, side)?;
+        driver.stream_synchronize(self.device, side)
+    }
+
+    /// Gives an unused address range back. One that CUDA will not take now is tried again later.
+    fn abandon(&mut self, base: DevicePtr) {
+        if let Err(error) = self.driver.free(self.device, base) {
+            tracing::warn!(device = self.device, ?base, %error, "an unused range is kept until CUDA takes it back");
+            self.orphans.push(base);
+        }
+    }
+
+    fn add_segment(
+        &mut self,
+        request: &Request,
+        base: DevicePtr,
+        (range_bytes, populated): (u64, u64),
+        (growing, memory, place): (bool, Memory, Place),
+        context: &Option<Context>,
+    ) {
+        let list = request.list;
+        let slot = self.segments.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.segments.push(None);
+            self.segments.len() - 1
+        });
+        let id = SegmentId(slot as u32);
+        let block = self.blocks.create(base.0, populated, id, list, (BlockId::NONE, BlockId::NONE));
+        self.segments[slot] = Some(Segment {
+            base,
+            range_bytes,
+            populated,
+            growing,
+            memory,
+            place,
+            list,
+            last: block,
+            free_since: self.pools[list].requests,
+            context: context.clone(),
+        });
+        self.pools[list].free.insert(&mut self.blocks, block);
+        let pool = self.pools[list].pool;
+        self.pools[pool].segments += 1;
+        self.populated.add(place, populated);
+        self.count_reserved(list, populated);
+        if growing {
+            self.growing.entry(list).or_default().push(id);
+        } else {
+            self.stats.segment.increase(self.pools[list].small, 1);
+            if populated >= self.native.max_split_size {
+                self.stats.oversize_segments.increase(1);
+            }
+        }
+        let action = if growing { Action::SegmentMap } else { Action::SegmentAlloc };
+        self.trace_segment(action, id, base.0, populated, context.clone());
+    }
+
+    fn count_reserved(&mut self, list: ListId, bytes: u64) {
+        self.stats.reserved_bytes.increase(self.pools[list].small, bytes);
+        self.stats.num_device_alloc += 1;
+    }
+
+    /// Gives one wholly free segment back to CUDA.
+    fn release_segment(&mut self, id: SegmentId, context: &Option<Context>) -> Result<()> {
+        let segment = self.segment(id);
+        let (base, populated, list, last) = (segment.base, segment.populated, segment.list, segment.last);
+        let (growing, memory, place) = (segment.growing, segment.memory, segment.place);
+        let (freed, kept) = if growing {
+            (Action::SegmentUnmap, Action::SegmentMap)
+        } else {
+            (Action::SegmentFree, Action::SegmentAlloc)
+        };
+        // Trackers (NCCL's registrations) must let go of the memory before it goes.
+        self.trace_segment(freed, id, base.0, populated, context.clone());
+        if let Err(error) = self.give_back(memory, base) {
+            self.trace_segment(kept, id, base.0, populated, context.clone());
+            return Err(error.into());
+        }
+        self.pools[list].free.remove(&mut self.blocks, last);
+        self.blocks.discard(last);
+        self.populated.sub(place, populated);
+        let (small, pool) = (self.pools[list].small, self.pools[list].pool);
+        self.pools[pool].segments -= 1;
+        self.stats.num_device_free += 1;
+        self.stats.reserved_bytes.decrease(small, populated);
+        if growing {
+            if let Some(ids) = self.growing.get_mut(&list) {
+                ids.retain(|&other| other != id);
+                if ids.is_empty() {
+                    self.growing.remove(&list);
+                }
+            }
+        } else {
+            self.stats.segment.decrease(small, 1);
+            if populated >= self.native.max_split_size {
+                self.stats.oversize_segments.decrease(1);
+            }
+        }
+        self.segments[id.0 as usize] = None;
+        Ok(())
+    }
+
+    fn give_back(&self, memory: Memory, base: DevicePtr) -> crate::driver::Result<()> {
+        match memory {
+            Memory::Custom(custom) if self.custom_free(custom, base) => Ok(()),
+            _ => self.driver.free(self.device, base),
+        }
+    }
+
+    fn custom_free(&self, custom: CustomAllocator, base: DevicePtr) -> bool {
+        self.hooks.custom_free(custom, base)
+    }
+
+    /// The wholly free segments of a pool, with their bytes.
+    fn releasable(&self, pool: PoolId) -> Vec<(SegmentId, u64)> {
+        self.pools
+            .lists_of(pool)
+            .flat_map(|list| self.pools[list].free.iter(&self.blocks))
+            .filter(|&block| !self.blocks.is_split(block))
+            .map(|block| (self.blocks[block].segment, self.blocks[block].bytes))
+            .collect()
+    }
+
+    /// Gives segments back one after the other; an error does not keep the others.
+    fn release_all(&mut self, segments: Vec<(SegmentId, u64)>, context: &Option<Context>) -> Result<()> {
+        let mut first = Ok(());
+        for (id, _) in segments {
+            let released = self.release_segment(id, context);
+            first = first.and(released);
+        }
+        first
+    }
+
+    /// Gives all wholly free segments back: those of the default pool and of pools that nobody holds, or
+    /// only those of one such pool.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] while a capture is underway; the driver's.
+    pub fn release_cached(&mut self, mempool: MempoolId, context: &Option<Context>) -> Result<()> {
+        let freeable: Vec<PoolId> = self
+            .pools
+            .ids()
+            .filter(|&pool| pool != PoolId::DEFAULT && self.pools[pool].use_count == 0)
+            .filter(|&pool| mempool == DEFAULT_POOL || self.pools[pool].id == mempool)
+            .collect();
+        if mempool != DEFAULT_POOL && freeable.is_empty() {
+            return Ok(());
+        }
+        if !self.captures.is_empty() {
+            // Giving memory back waits for the device, which no capture survives.
+            return Err(Error::NotSupported(
+                "cached memory cannot be given back while a CUDA graph is being captured or a MemPool is in use".into(),
+            ));
+        }
+        let mut first = Ok(());
+        if mempool == DEFAULT_POOL {
+            self.synchronize_events(None)?;
+            let releasable = self.releasable(PoolId::DEFAULT);
+            first = first.and(self.release_all(releasable, context));
+        }
+        for pool in freeable {
+            if mempool != DEFAULT_POOL {
+                self.synchronize_events(Some(pool))?;
+            }
+            let releasable = self.releasable(pool);
+            first = first.and(self.release_all(releasable, context));
+            if self.pools[pool].segments == 0 {
+                self.pools.forget(pool);
+            }
+        }
+        for orphan in std::mem::take(&mut self.orphans) {
+            self.abandon(orphan);
+        }
+        first
+    }
+
+    /// Stage 1 of reclamation: when the device is nearly full, wholly free segments on it are given back before it is
+    /// populated further.
+    fn relieve(&mut self, bytes: u64, context: &Option<Context>) -> Result<()> {
+        let limit = self.budget.device_limit();
+        let keep = ((self.options.stage1_threshold * limit as f64) as u64).max(self.options.stage1_min_bytes);
+        let wanted = self.populated.device.saturating_add(bytes).saturating_add(keep);
+        if wanted <= limit || !self.captures.is_empty() || self.options.access_pattern == AccessPattern::Device {
+            return Ok(());
+        }
+        let mut excess = (wanted - limit).min(bytes);
+        let on_device: Vec<_> = self
+            .releasable(PoolId::DEFAULT)
+            .into_iter()
+            .filter(|&(id, _)| self.segment(id).place == Place::Device)
+            .collect();
+        for (id, bytes) in on_device {
+            if excess == 0 {
+                break;
+            }
+            self.release_segment(id, context)?;
+            excess = excess.saturating_sub(bytes);
+        }
+        Ok(())
+    }
+
+    /// `max_split_size_mb`: gives oversize segments back until the request would fit in their place. Answers
+    /// whether enough was given back.
+    fn release_oversize(&mut self, request: &Request, context: &Option<Context>) -> Result<bool> {
+        let max_split = self.native.max_split_size;
+        if max_split == u64::MAX {
+            return Ok(false);
+        }
+        let wanted = request.rounded.max(max_split);
+        let mut oversize: Vec<_> = self.pools[request.list]
+            .free
+            .iter(&self.blocks)
+            .filter(|&block| !self.blocks.is_split(block) && self.blocks[block].bytes >= max_split)
+            .map(|block| (self.blocks[block].segment, self.blocks[block].bytes))
+            .filter(|&(id, _)| !self.segment(id).growing)
+            .collect();
+        oversize.sort_by_key(|&(_, bytes)| bytes);
+        let chosen = match oversize.iter().position(|&(_, bytes)| bytes >= wanted) {
+            Some(one) => vec![oversize[one]],
+            None => {
+                let mut released = 0;
+                oversize
+                    .into_iter()
+                    .rev()
+                    .take_while(|&(_, bytes)| {
+                        let more = released < wanted;
+                        released += bytes;
+                        more
+                    })
+                    .collect()
+            }
+        };
+        let enough = chosen.iter().map(|&(_, bytes)| bytes).sum::<u64>() >= wanted;
+        self.release_all(chosen, context)?;
+        Ok(enough)
+    }
+
+    /// `garbage_collection_threshold`: gives back large segments that were free for long, when the process uses more than that
+    /// share of what it is allowed. As in `native`, only where the program set a fraction.
+    fn collect_garbage(&mut self, context: &Option<Context>) -> Result<()> {
+        let threshold = self.native.garbage_collection_threshold;
+        if threshold <= 0.0 || !self.budget.fraction_is_set() || !self.captures.is_empty() {
+            return Ok(());
+        }
+        let allowed = self.budget.allowed().unwrap_or_else(|| self.budget.capacity(&self.populated, None).capacity);
+        let start = (threshold * allowed as f64) as u64;
+        let mut excess = self.populated.total().saturating_sub(start);
+        let mut candidates: Vec<(SegmentId, u64, u64)> = self
+            .releasable(PoolId::DEFAULT)
+            .into_iter()
+            .filter(|&(id, _)| !self.pools[self.segment(id).list].small)
+            .map(|(id, bytes)| {
+                let segment = self.segment(id);
+                (id, bytes, self.pools[segment.list].requests - segment.free_since)
+            })
+            .collect();
+        // Those of at least the average age go first; then the average of the rest decides.
+        while excess > 0 && !candidates.is_empty() {
+            let average = candidates.iter().map(|&(_, _, age)| age).sum::<u64>() / candidates.len() as u64;
+            let (old, young): (Vec<_>, Vec<_>) = candidates.into_iter().partition(|&(_, _, age)| age >= average);
+            for (id, bytes, _) in old {
+                self.release_segment(id, context)?;
+                excess = excess.saturating_sub(bytes);
+            }
+            candidates = young;
+        }
+        Ok(())
+    }
+
+    /// Describes a request that could not be served, and counts it.
+    fn out_of_memory(&mut self, request: &Request, exceeded: Exceeded, context: Option<Context>) -> Error {
+        let requested = population_step(request.rounded, request.rounded);
+        let memory = self.driver.device_memory(self.device);
+        let host = self.driver.host_memory();
+        let (device_free, device_total) =
+            memory.map_or((0, self.info.total_memory), |memory| (memory.free, memory.total));
+        self.stats.num_ooms += 1;
+        self.trace_event(Action::OutOfMemory, device_free, request.rounded, request.stream, context);
+        let private_pools = self
+            .pools
+            .ids()
+            .filter(|&pool| pool != PoolId::DEFAULT)
+            .flat_map(|pool| self.pools.lists_of(pool))
+            .map(|list| self.pools[list].free.bytes())
+            .sum();
+        Error::OutOfMemory(Box::new(OutOfMemory {
+            device: self.device,
+            requested,
+            device_total,
+            device_free,
+            capacity: exceeded.capacity,
+            limit: exceeded.limit,
+            allowed: self.budget.allowed(),
+            host_available: host.as_ref().map_or(0, |host| host.available),
+            host_reserve: host.as_ref().map_or(0, |host| self.budget.host_reserve(host)),
+            populated_device: self.populated.device,
+            populated_host: self.populated.host,
+            allocated: self.stats.allocated_bytes.aggregate.current.unsigned_abs(),
+            reserved: self.stats.reserved_bytes.aggregate.current.unsigned_abs(),
+            private_pools,
+        }))
+    }
+
+    /// What programs are told of memory: free and total bytes, where the total is the capacity.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn memory_info(&self) -> Result<(u64, u64)> {
+        let device = self.driver.device_memory(self.device)?;
+        let host = self.driver.host_memory()?;
+        let capacity = self.budget.capacity(&self.populated, Some(&host)).capacity;
+        // Other processes, CUDA's context, the program's own cudaMalloc.
+        let others = (device.total - device.free.min(device.total)).saturating_sub(self.populated.device);
+        Ok((capacity.saturating_sub(self.populated.total()).saturating_sub(others), capacity))
+    }
+
+    /// The largest block that could be had without giving anything back, in bytes.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn largest_available(&self) -> Result<u64> {
+        let (free, _) = self.memory_info()?;
+        let cached = self
+            .pools
+            .ids()
+            .flat_map(|pool| self.pools.lists_of(pool))
+            .map(|list| self.pools[list].free.largest(&self.blocks));
+        Ok(cached.max().unwrap_or(0).max(free))
+    }
+}

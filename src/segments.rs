@@ -1,0 +1,177 @@
+//! Segments: ranges of address space taken from CUDA, and how much of each is populated.
+//!
+//! A *growing* segment is managed address space of which only the start is populated; it grows as blocks
+//! need it, so that large and changing requests tile into one range. A *fixed* segment is populated
+//! whole when it is made: plain device memory, a MemPool's own allocator, and oversize requests.
+
+use crate::blocks::{BlockId, ListId, MIN_BLOCK};
+use crate::driver::DevicePtr;
+use crate::history::Context;
+use crate::options::NativeOptions;
+
+/// Index of a segment on its device.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct SegmentId(pub u32);
+
+const MIB: u64 = 1 << 20;
+
+/// Requests up to here are served by the small pool (`kSmallSize`).
+pub const SMALL_LIMIT: u64 = MIB;
+/// Small pools are populated in this step (`kSmallBuffer`); also the granule of all population and of GPU pages.
+pub const SMALL_STEP: u64 = 2 * MIB;
+/// Large pools are populated at least this much at a time, for requests under [`LARGE_REQUEST`] (`kLargeBuffer`).
+/// Steps of 2 MiB run at a third of the speed.
+pub const LARGE_STEP: u64 = 20 * MIB;
+/// Requests from here on are populated as they are, rounded to 2 MiB (`kMinLargeAlloc`).
+pub const LARGE_REQUEST: u64 = 10 * MIB;
+/// Address space of a small pool's segment. A segment can only be given back whole, so it is not larger
+/// than saves calls.
+const SMALL_RANGE: u64 = 32 * MIB;
+/// Address space of a large pool's segment, at least. The same trade: larger ranges fragment less, smaller
+/// ones are given back sooner.
+const LARGE_RANGE: u64 = 512 * MIB;
+
+/// What kind of memory a segment is made of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Memory {
+    /// `cuMemAllocManaged`.
+    Managed,
+    /// `cuMemAlloc`.
+    Device,
+    /// A MemPool's own allocator.
+    Custom(CustomAllocator),
+}
+
+/// A `CUDAAllocator*` that a MemPool was given. Opaque here; the bridge calls it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct CustomAllocator(pub u64);
+
+/// Where a segment's populated bytes are meant to live.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum Place {
+    /// On the GPU.
+    Device,
+    /// In host memory, reachable from the GPU.
+    Host,
+    /// Wherever the driver moves them.
+    Unplaced,
+}
+
+/// A range of address space taken from CUDA.
+pub struct Segment {
+    /// First byte.
+    pub base: DevicePtr,
+    /// Length of the address range in bytes.
+    pub range_bytes: u64,
+    /// Bytes populated from the start of the range; equal to `range_bytes` for fixed segments.
+    pub populated: u64,
+    /// Whether it may grow.
+    pub growing: bool,
+    /// What it is made of.
+    pub memory: Memory,
+    /// Where it is meant to live.
+    pub place: Place,
+    /// The free list that its blocks belong to.
+    pub list: ListId,
+    /// The block at the end of the populated part.
+    pub last: BlockId,
+    /// The list's reuse counter when the segment became wholly free (garbage collection's age).
+    pub free_since: u64,
+    /// The stack that made it.
+    pub context: Option<Context>,
+}
+
+impl Segment {
+    /// How many bytes it can still grow.
+    pub fn room(&self) -> u64 {
+        if self.growing { self.range_bytes - self.populated } else { 0 }
+    }
+}
+
+fn round_up(bytes: u64, granule: u64) -> u64 {
+    bytes.div_ceil(granule) * granule
+}
+
+/// A request as blocks serve it: a multiple of 512 bytes, or of a share of its power of two where
+/// `roundup_power2_divisions` says so.
+#[inline]
+pub fn round_size(bytes: u64, native: &NativeOptions) -> u64 {
+    if bytes <= MIN_BLOCK {
+        return MIN_BLOCK;
+    }
+    // The options' intervals are 1 MiB to 64 GiB by powers of two; smaller and larger sizes use the outermost.
+    let interval = (bytes.ilog2()).clamp(20, 35) - 20;
+    let divisions = native.roundup_power2_divisions[interval as usize];
+    if divisions > 1 && bytes > MIN_BLOCK * divisions {
+        round_to_division(bytes, divisions)
+    } else {
+        round_up(bytes, MIN_BLOCK)
+    }
+}
+
+/// The next of `divisions` (a power of two) equal steps between the powers of two around `bytes`.
+fn round_to_division(bytes: u64, divisions: u64) -> u64 {
+    if bytes.is_power_of_two() {
+        return bytes;
+    }
+    let floor = 1 << bytes.ilog2();
+    match floor >> divisions.ilog2() {
+        0 => floor << 1,
+        step => round_up(bytes, step),
+    }
+}
+
+/// How many bytes to populate for a request of `bytes` (rounded) that lacks `missing` of them.
+pub fn population_step(bytes: u64, missing: u64) -> u64 {
+    if bytes <= SMALL_LIMIT {
+        SMALL_STEP
+    } else if bytes < LARGE_REQUEST {
+        round_up(missing, LARGE_STEP)
+    } else {
+        round_up(missing, SMALL_STEP)
+    }
+}
+
+/// The address space of a new growing segment for a request of `bytes` (rounded). A quarter of slack lets a large
+/// request that comes back somewhat larger grow in place.
+pub fn range_bytes(bytes: u64) -> u64 {
+    if bytes <= SMALL_LIMIT { SMALL_RANGE } else { round_up((bytes + bytes / 4).max(LARGE_RANGE), SMALL_STEP) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn sizes_round_as_native_rounds_them() {
+        let native = NativeOptions::default();
+        assert_eq!(round_size(1, &native), 512);
+        assert_eq!(round_size(513, &native), 1024);
+        let four = NativeOptions { roundup_power2_divisions: [4; 16], ..NativeOptions::default() };
+        // The example of PyTorch's documentation: 1200 lies between 1024 and 2048, steps 1280, 1536, 1792.
+        assert_eq!(round_to_division(1200, 4), 1280);
+        assert_eq!(round_size(1200, &four), 1536); // too small for divisions: 512 * 4
+        assert_eq!(round_size(5 << 20, &four), 5 << 20);
+        assert_eq!(round_size((5 << 20) + 1, &four), 6 << 20);
+        assert_eq!(round_to_division(3, 8), 4);
+    }
+
+    #[test]
+    fn population_follows_natives_segment_sizes() {
+        assert_eq!(population_step(512, 512), 2 * MIB);
+        assert_eq!(population_step(MIB + 512, MIB + 512), 20 * MIB);
+        assert_eq!(population_step(10 * MIB + 512, 10 * MIB + 512), 12 * MIB);
+        assert_eq!(population_step(64 * MIB, 2 * MIB - 512), 2 * MIB);
+    }
+
+    proptest! {
+        #[test]
+        fn rounding_never_shrinks(bytes in 1_u64..1 << 59, log2 in 0_u32..8) {
+            let native = NativeOptions { roundup_power2_divisions: [1 << log2; 16], ..NativeOptions::default() };
+            let rounded = round_size(bytes, &native);
+            prop_assert!(rounded >= bytes && rounded % MIN_BLOCK == 0);
+            prop_assert!(range_bytes(rounded) >= population_step(rounded, rounded));
+        }
+    }
+}

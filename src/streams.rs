@@ -1,0 +1,196 @@
+//! Recorded uses on other streams, their events, and the frees that wait for them.
+//!
+//! A block that was recorded on other streams (`record_stream`) is not reusable when the program frees it, but when
+//! the work queued there until then has completed: an event is recorded on each of those streams at the free. While any
+//! stream captures, events may not be recorded for this purpose nor queried, so such frees are deferred until
+//! no capture is underway.
+//!
+//! This module knows which blocks wait for what; it does not know what becomes of a block that has finished waiting.
+
+use crate::blocks::BlockId;
+use crate::driver::{DeviceIndex, Driver, Event, Result, Stream};
+use rustc_hash::FxHashMap;
+use std::collections::VecDeque;
+
+/// A stream of a device: the handles of the legacy default stream are the same on all devices.
+pub type StreamOn = (DeviceIndex, Stream);
+
+#[derive(Clone, Copy)]
+struct Use {
+    stream: StreamOn,
+    /// Recorded only while a capture was underway: then the graph orders it, and no event is needed after.
+    captured: bool,
+}
+
+/// Which blocks wait for which streams.
+#[derive(Default)]
+pub struct Waits {
+    uses: FxHashMap<BlockId, Vec<Use>>,
+    /// Freed blocks whose events are still to be recorded.
+    deferred: VecDeque<BlockId>,
+    /// Events in the order they were recorded on each stream.
+    pending: FxHashMap<StreamOn, VecDeque<(Event, BlockId)>>,
+    /// How many pending events each block waits for.
+    outstanding: FxHashMap<BlockId, u32>,
+    /// Events ready to be used again.
+    idle_events: FxHashMap<DeviceIndex, Vec<Event>>,
+}
+
+impl Waits {
+    /// Whether nothing waits: the hot path then asks nothing of CUDA.
+    #[inline]
+    pub fn is_idle(&self) -> bool {
+        self.pending.is_empty() && self.deferred.is_empty()
+    }
+
+    /// Notes that a live block is used on another stream.
+    pub fn record_use(&mut self, block: BlockId, stream: StreamOn, capturing: bool) {
+        let uses = self.uses.entry(block).or_default();
+        match uses.iter_mut().find(|u| u.stream == stream) {
+            Some(known) => known.captured &= capturing,
+            None => uses.push(Use { stream, captured: capturing }),
+        }
+    }
+
+    /// The streams a block is known to be used on.
+    pub fn uses(&self, block: BlockId) -> Vec<StreamOn> {
+        self.uses.get(&block).map(|uses| uses.iter().map(|u| u.stream).collect()).unwrap_or_default()
+    }
+
+    /// Forgets the uses of a block that is not waited for after all.
+    pub fn forget(&mut self, block: BlockId) {
+        self.uses.remove(&block);
+    }
+
+    /// A block with uses was freed while a capture is underway: its events are recorded afterwards.
+    pub fn defer(&mut self, block: BlockId) {
+        self.deferred.push_back(block);
+    }
+
+    /// A block with uses was freed: records its events. Answers whether there is anything to wait for.
+    ///
+    /// # Errors
+    /// The driver's. Uses whose event could not be recorded are kept, and the block is deferred: it stays
+    /// unavailable until the events can be recorded.
+    pub fn freed(&mut self, driver: &dyn Driver, block: BlockId) -> Result<bool> {
+        let mut uses = self.uses.remove(&block).unwrap_or_default();
+        while let Some(next) = uses.last().copied() {
+            if let Err(error) = self.record_event(driver, block, next.stream) {
+                self.uses.insert(block, uses);
+                self.deferred.push_back(block);
+                return Err(error);
+            }
+            uses.pop();
+        }
+        Ok(self.outstanding.contains_key(&block))
+    }
+
+    fn record_event(&mut self, driver: &dyn Driver, block: BlockId, on: StreamOn) -> Result<()> {
+        let (device, stream) = on;
+        let idle = self.idle_events.entry(device).or_default();
+        let event = match idle.pop() {
+            Some(event) => event,
+            None => driver.event_create(device)?,
+        };
+        if let Err(error) = driver.event_record(device, event, stream) {
+            idle.push(event);
+            return Err(error);
+        }
+        self.pending.entry(on).or_default().push_back((event, block));
+        *self.outstanding.entry(block).or_insert(0) += 1;
+        Ok(())
+    }
+
+    /// Records the events of deferred frees. Blocks that have nothing to wait for are pushed to `done`.
+    ///
+    /// # Errors
+    /// The driver's; what was not done stays deferred.
+    pub fn record_deferred(&mut self, driver: &dyn Driver, done: &mut Vec<BlockId>) -> Result<()> {
+        for _ in 0..self.deferred.len() {
+            let Some(block) = self.deferred.pop_front() else { break };
+            if let Some(uses) = self.uses.get_mut(&block) {
+                // Streams recorded in a capture joined it before it ended: what they did has been replayed in order.
+                uses.retain(|u| !u.captured);
+            }
+            if !self.freed(driver, block)? {
+                done.push(block);
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks which events have completed, oldest first on each stream; blocks that wait for nothing more are
+    /// pushed to `done`.
+    ///
+    /// # Errors
+    /// The driver's; what was found complete before is in `done`.
+    pub fn poll(&mut self, driver: &dyn Driver, done: &mut Vec<BlockId>) -> Result<()> {
+        let streams: Vec<StreamOn> = self.pending.keys().copied().collect();
+        for on in streams {
+            while let Some(&(event, _)) = self.pending.get(&on).and_then(VecDeque::front) {
+                if !driver.event_query(on.0, event)? {
+                    break;
+                }
+                self.completed(on, 0, done);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the events of all blocks that `which` selects; they are pushed to `done`.
+    ///
+    /// # Errors
+    /// The driver's; what completed before is in `done`.
+    pub fn synchronize(
+        &mut self,
+        driver: &dyn Driver,
+        which: impl Fn(BlockId) -> bool,
+        done: &mut Vec<BlockId>,
+    ) -> Result<()> {
+        let streams: Vec<StreamOn> = self.pending.keys().copied().collect();
+        for on in streams {
+            let mut index = 0;
+            while let Some(&(event, block)) = self.pending.get(&on).and_then(|queue| queue.get(index)) {
+                if which(block) {
+                    driver.event_synchronize(on.0, event)?;
+                    self.completed(on, index, done);
+                } else {
+                    index += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn completed(&mut self, on: StreamOn, index: usize, done: &mut Vec<BlockId>) {
+        let Some(queue) = self.pending.get_mut(&on) else { return };
+        let Some((event, block)) = queue.remove(index) else { return };
+        if queue.is_empty() {
+            self.pending.remove(&on);
+        }
+        self.idle_events.entry(on.0).or_default().push(event);
+        if let Some(count) = self.outstanding.get_mut(&block) {
+            *count -= 1;
+            // A block whose last use could not be recorded yet is still deferred.
+            if *count == 0 {
+                self.outstanding.remove(&block);
+                if !self.uses.contains_key(&block) {
+                    done.push(block);
+                }
+            }
+        }
+    }
+
+    /// Whether any block that `which` selects waits for an event or has one still to be recorded.
+    pub fn any(&self, which: impl Fn(BlockId) -> bool) -> bool {
+        self.outstanding.keys().any(|&block| which(block)) || self.deferred.iter().any(|&block| which(block))
+    }
+
+    /// Takes all events that can be destroyed, for the end of the process's use of CUDA.
+    pub fn take_idle_events(&mut self) -> Vec<(DeviceIndex, Event)> {
+        self.idle_events
+            .drain()
+            .flat_map(|(device, events)| events.into_iter().map(move |event| (device, event)))
+            .collect()
+    }
+}
