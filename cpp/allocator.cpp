@@ -1,0 +1,473 @@
+#include <torch_uvm/allocator.h>
+
+#include <torch_uvm/failure.h>
+#include <torch_uvm/observers.h>
+
+#include <c10/core/impl/GPUTrace.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/util/Exception.h>
+#include <c10/util/env.h>
+
+#include <cuda_runtime_api.h>
+
+namespace torch_uvm {
+
+namespace {
+
+using c10cca::RecordContext;
+
+// Above this native refuses at once; below, sizes can be rounded up without overflow.
+constexpr size_t kOneExbibyte = size_t{1} << 60;
+
+std::uint64_t address(const void* ptr) {
+  return reinterpret_cast<std::uint64_t>(ptr);
+}
+
+void* pointer(std::uint64_t address) {
+  return reinterpret_cast<void*>(address);
+}
+
+std::uint64_t handle(cudaStream_t stream) {
+  return reinterpret_cast<std::uint64_t>(stream);
+}
+
+bridge::PoolId pool_id(MempoolId pool) {
+  return {pool.first, pool.second};
+}
+
+c10::Device cuda(c10::DeviceIndex device) {
+  return c10::Device(c10::kCUDA, device);
+}
+
+c10::DeviceIndex current_device() {
+  c10::DeviceIndex device = 0;
+  C10_CUDA_CHECK(c10::cuda::GetDevice(&device));
+  return device;
+}
+
+cudaStream_t current_stream(c10::DeviceIndex device) {
+  const auto stream = c10::cuda::getCurrentCUDAStream(device);
+  // Stream 0 is the default stream in c10. CUDAStream::stream() would switch devices to and fro before it says so.
+  return stream.id() == 0 ? nullptr : stream.stream();
+}
+
+void refuse_absurd(size_t bytes) {
+  TORCH_CHECK_WITH(
+      OutOfMemoryError, bytes < kOneExbibyte, "CUDA out of memory. Tried to allocate more than 1EB memory.");
+}
+
+// Tools such as the CUDA sanitizer of torch.cuda listen to these.
+void tell_allocated(void* ptr) {
+  if (const auto* interpreter = c10::impl::GPUTrace::get_trace(); C10_UNLIKELY(interpreter != nullptr)) {
+    (*interpreter)->trace_gpu_memory_allocation(c10::kCUDA, reinterpret_cast<uintptr_t>(ptr));
+  }
+}
+
+void tell_freed(void* ptr) {
+  if (const auto* interpreter = c10::impl::GPUTrace::get_trace(); C10_UNLIKELY(interpreter != nullptr)) {
+    (*interpreter)->trace_gpu_memory_deallocation(c10::kCUDA, reinterpret_cast<uintptr_t>(ptr));
+  }
+}
+
+void tell_profiler(void* ptr, const bridge::Allocation& allocation, int sign) {
+  bridge::DeviceStats stats{};
+  check(bridge::device_stats(allocation.device, stats));
+  c10::reportMemoryUsageToProfiler(
+      ptr,
+      sign * static_cast<int64_t>(allocation.block_bytes),
+      stats.allocated_bytes.aggregate.current,
+      stats.reserved_bytes.aggregate.current,
+      cuda(static_cast<c10::DeviceIndex>(allocation.device)));
+}
+
+// Memory straight from CUDA, for debugging with tools that look at each allocation: plain device memory, as native's.
+// Illegal while a stream captures, on purpose.
+void* uncached_allocate(size_t bytes) {
+  void* ptr = nullptr;
+  C10_CUDA_CHECK(cudaMalloc(&ptr, bytes));
+  tell_allocated(ptr);
+  return ptr;
+}
+
+void uncached_delete(void* ptr) {
+  tell_freed(ptr);
+  C10_CUDA_CHECK(cudaFree(ptr));
+}
+
+c10::CachingDeviceAllocator::Stat translate(const bridge::Stat& from) {
+  c10::CachingDeviceAllocator::Stat stat;
+  stat.current = from.current;
+  stat.peak = from.peak;
+  stat.allocated = from.allocated;
+  stat.freed = from.freed;
+  return stat;
+}
+
+c10::CachingDeviceAllocator::StatArray translate(const bridge::StatArray& from) {
+  // In the order of c10::CachingDeviceAllocator::StatType.
+  return {translate(from.aggregate), translate(from.small_pool), translate(from.large_pool)};
+}
+
+struct PoolState : c10cca::AllocatorState {
+  explicit PoolState(rust::Box<bridge::Checkpoint> checkpoint) : checkpoint(std::move(checkpoint)) {}
+  rust::Box<bridge::Checkpoint> checkpoint;
+};
+
+} // namespace
+
+UvmAllocator& UvmAllocator::instance() {
+  static auto* allocator = new UvmAllocator();
+  return *allocator;
+}
+
+std::string UvmAllocator::name() {
+  return "uvm";
+}
+
+void UvmAllocator::init(int device_count) {
+  check(bridge::init(device_count, native_settings()));
+  if (!trace_trackers().empty()) {
+    check(bridge::set_tracing(true));
+  }
+}
+
+bool UvmAllocator::initialized() {
+  return bridge::initialized();
+}
+
+void UvmAllocator::enable(bool value) {
+  enabled_.store(value, std::memory_order_relaxed);
+}
+
+bool UvmAllocator::isEnabled() const {
+  return enabled_.load(std::memory_order_relaxed);
+}
+
+bool UvmAllocator::caching() const {
+  static const bool forced_off = c10::utils::has_env("PYTORCH_NO_CUDA_MEMORY_CACHING");
+  return C10_LIKELY(!forced_off && isEnabled());
+}
+
+// Allocation and free: the hot path.
+
+void* UvmAllocator::malloc(c10::DeviceIndex device, size_t bytes, cudaStream_t stream) {
+  auto stack = stacks_.gather(RecordContext::STATE);
+  void* ptr = pointer(
+      C10_LIKELY(!stack) ? bridge::allocate(device, bytes, handle(stream))
+                         : bridge::allocate_with_context(device, bytes, handle(stream), std::move(stack)));
+  check(ptr != nullptr);
+  tell_allocated(ptr);
+  if (C10_UNLIKELY(c10::memoryProfilingEnabled())) {
+    bridge::Allocation allocation{};
+    check(bridge::allocation(address(ptr), allocation));
+    tell_profiler(ptr, allocation, 1);
+  }
+  return ptr;
+}
+
+bool UvmAllocator::free(void* ptr) {
+  if (ptr == nullptr) {
+    return true;
+  }
+  const bool profiling = c10::memoryProfilingEnabled();
+  bridge::Allocation allocation{};
+  if (C10_UNLIKELY(profiling || c10::impl::GPUTrace::get_trace() != nullptr)) {
+    // Nobody is told of a free that is none.
+    if (!bridge::allocation(address(ptr), allocation)) {
+      return false;
+    }
+    // Before the free: afterwards another thread may have the address already.
+    tell_freed(ptr);
+  }
+  auto stack = stacks_.gather(RecordContext::ALL);
+  const bool freed = C10_LIKELY(!stack) ? bridge::free(address(ptr))
+                                        : bridge::free_with_context(address(ptr), std::move(stack));
+  if (C10_UNLIKELY(profiling && freed)) {
+    tell_profiler(ptr, allocation, -1);
+  }
+  return freed;
+}
+
+// Tensors are freed by this, in destructors: an exception would end the process.
+void UvmAllocator::deleter(void* ptr) {
+  if (C10_UNLIKELY(!instance().free(ptr))) {
+    warn_failure();
+  }
+}
+
+c10::DataPtr UvmAllocator::allocate(size_t bytes) {
+  refuse_absurd(bytes);
+  const auto device = current_device();
+  if (C10_UNLIKELY(!caching())) {
+    void* ptr = uncached_allocate(bytes);
+    return {ptr, ptr, &uncached_delete, cuda(device)};
+  }
+  void* ptr = bytes == 0 ? nullptr : malloc(device, bytes, current_stream(device));
+  return {ptr, ptr, &deleter, cuda(device)};
+}
+
+c10::DeleterFnPtr UvmAllocator::raw_deleter() const {
+  return caching() ? &deleter : &uncached_delete;
+}
+
+void* UvmAllocator::raw_alloc(size_t bytes) {
+  if (bytes == 0) {
+    return nullptr;
+  }
+  refuse_absurd(bytes);
+  if (C10_UNLIKELY(!caching())) {
+    return uncached_allocate(bytes);
+  }
+  const auto device = current_device();
+  return malloc(device, bytes, current_stream(device));
+}
+
+void* UvmAllocator::raw_alloc_with_stream(size_t bytes, cudaStream_t stream) {
+  if (bytes == 0) {
+    return nullptr;
+  }
+  refuse_absurd(bytes);
+  return caching() ? malloc(current_device(), bytes, stream) : uncached_allocate(bytes);
+}
+
+void UvmAllocator::raw_delete(void* ptr) {
+  if (caching()) {
+    check(free(ptr));
+  } else {
+    uncached_delete(ptr);
+  }
+}
+
+void UvmAllocator::recordStream(const c10::DataPtr& ptr, c10::cuda::CUDAStream stream) {
+  // An empty tensor has no memory, and one that came from another process or allocator is not ours to keep alive.
+  if (ptr.get() == nullptr || ptr.get_deleter() != &deleter) {
+    return;
+  }
+  check(bridge::record_stream(address(ptr.get()), stream.device_index(), handle(stream.stream())));
+}
+
+// Caches and limits.
+
+void UvmAllocator::empty_cache(MempoolId pool) {
+  check(bridge::empty_cache(pool_id(pool), stacks_.gather(RecordContext::ALL)));
+}
+
+void UvmAllocator::cacheInfo(c10::DeviceIndex device, size_t* largest_block) {
+  std::uint64_t largest = 0;
+  check(bridge::cache_info(device, largest));
+  // The caller's own figure is a lower bound, as in native.
+  *largest_block = std::max(*largest_block, static_cast<size_t>(largest));
+}
+
+double UvmAllocator::getMemoryFraction(c10::DeviceIndex device) {
+  double fraction = 0;
+  check(bridge::memory_fraction(device, fraction));
+  return fraction;
+}
+
+void UvmAllocator::setMemoryFraction(double fraction, c10::DeviceIndex device) {
+  check(bridge::set_memory_fraction(device, fraction));
+}
+
+void* UvmAllocator::getBaseAllocation(void* ptr, size_t* size) {
+  bridge::BaseAllocation base{};
+  check(bridge::base_allocation(address(ptr), base));
+  if (size != nullptr) {
+    *size = base.bytes;
+  }
+  return pointer(base.address);
+}
+
+// Statistics and history.
+
+c10::CachingDeviceAllocator::DeviceStats UvmAllocator::getDeviceStats(c10::DeviceIndex device) {
+  bridge::DeviceStats from{};
+  check(bridge::device_stats(device, from));
+  c10::CachingDeviceAllocator::DeviceStats stats;
+  stats.allocation = translate(from.allocation);
+  stats.segment = translate(from.segment);
+  stats.active = translate(from.active);
+  stats.inactive_split = translate(from.inactive_split);
+  stats.allocated_bytes = translate(from.allocated_bytes);
+  stats.reserved_bytes = translate(from.reserved_bytes);
+  stats.active_bytes = translate(from.active_bytes);
+  stats.inactive_split_bytes = translate(from.inactive_split_bytes);
+  stats.requested_bytes = translate(from.requested_bytes);
+  stats.num_alloc_retries = from.num_alloc_retries;
+  stats.num_ooms = from.num_ooms;
+  stats.oversize_allocations = translate(from.oversize_allocations);
+  stats.oversize_segments = translate(from.oversize_segments);
+  stats.num_sync_all_streams = from.num_sync_all_streams;
+  stats.num_device_alloc = from.num_device_alloc;
+  stats.num_device_free = from.num_device_free;
+  stats.max_split_size = static_cast<int64_t>(c10cca::CUDAAllocatorConfig::max_split_size());
+  return stats;
+}
+
+void UvmAllocator::resetAccumulatedStats(c10::DeviceIndex device) {
+  check(bridge::reset_accumulated_stats(device));
+}
+
+void UvmAllocator::resetPeakStats(c10::DeviceIndex device) {
+  check(bridge::reset_peak_stats(device));
+}
+
+void UvmAllocator::record_history(const HistoryRequest& request) {
+  TORCH_CHECK(
+      request.when == RecordContext::NEVER || request.recorder != nullptr,
+      "recordHistory: stacks were asked for without a function that gathers them");
+  check(bridge::set_history(
+      request.enabled, request.max_entries, static_cast<bridge::RecordContext>(request.when), request.clear));
+  stacks_.configure(request);
+  annotations_.configure(request);
+}
+
+bool UvmAllocator::isHistoryEnabled() {
+  return bridge::history_enabled();
+}
+
+void UvmAllocator::recordAnnotation(const std::vector<std::pair<std::string, std::string>>& metadata) {
+  annotations_.add(metadata);
+}
+
+c10cca::SnapshotInfo UvmAllocator::snapshot_of(MempoolId pool) {
+  bridge::Snapshot snapshot;
+  check(bridge::snapshot(pool_id(pool), snapshot));
+  auto info = translate(snapshot);
+  info.external_annotations = annotations_.all();
+  info.config_metadata = config_info();
+
+  const auto to_nanoseconds = clock_.makeConverter();
+  const auto to_microseconds = [&](auto& time) { time.t_ = to_nanoseconds(time.approx_t_) / 1000; };
+  for (auto& trace : info.device_traces) {
+    for (auto& entry : trace) {
+      to_microseconds(entry.time_);
+    }
+  }
+  for (auto& annotation : info.external_annotations) {
+    to_microseconds(annotation.time_);
+  }
+  return info;
+}
+
+void UvmAllocator::attachOutOfMemoryObserver(c10cca::OutOfMemoryObserver observer) {
+  out_of_memory_observers().attach(std::move(observer));
+}
+
+void UvmAllocator::attachAllocatorTraceTracker(c10cca::AllocatorTraceTracker tracker) {
+  trace_trackers().attach(std::move(tracker));
+  if (bridge::initialized()) { // else init() does it
+    check(bridge::set_tracing(true));
+  }
+}
+
+// Private pools.
+
+void UvmAllocator::begin_allocate_to_pool(
+    c10::DeviceIndex device,
+    MempoolId pool,
+    std::function<bool(cudaStream_t)> filter,
+    c10cca::CUDAAllocator* custom) {
+  check(bridge::begin_allocate_to_pool(
+      device, pool_id(pool), std::make_unique<bridge::StreamFilter>(std::move(filter)), address(custom)));
+}
+
+void UvmAllocator::endAllocateToPool(c10::DeviceIndex device, MempoolId pool) {
+  check(bridge::end_allocate_to_pool(device, pool_id(pool)));
+}
+
+void UvmAllocator::releasePool(c10::DeviceIndex device, MempoolId pool) {
+  check(bridge::release_pool(device, pool_id(pool)));
+}
+
+void UvmAllocator::ensure_pool(c10::DeviceIndex device, MempoolId pool, c10cca::CUDAAllocator* custom) {
+  check(bridge::ensure_pool(device, pool_id(pool), address(custom)));
+}
+
+int UvmAllocator::getPoolUseCount(c10::DeviceIndex device, MempoolId pool) {
+  std::int32_t count = 0;
+  check(bridge::pool_use_count(device, pool_id(pool), count));
+  return count;
+}
+
+bool UvmAllocator::checkPoolLiveAllocations(
+    c10::DeviceIndex device,
+    MempoolId pool,
+    const std::unordered_set<void*>& expected_live_allocations) {
+  std::vector<std::uint64_t> expected;
+  expected.reserve(expected_live_allocations.size());
+  for (const void* ptr : expected_live_allocations) {
+    expected.push_back(address(ptr));
+  }
+  bool equal = false;
+  check(bridge::check_pool_live_allocations(device, pool_id(pool), {expected.data(), expected.size()}, equal));
+  return equal;
+}
+
+std::shared_ptr<c10cca::AllocatorState> UvmAllocator::getCheckpointState(
+    c10::DeviceIndex device,
+    MempoolId pool) {
+  auto checkpoint = bridge::checkpoint(device, pool_id(pool), stacks_.gather(RecordContext::ALL));
+  check(checkpoint->valid());
+  return std::make_shared<PoolState>(std::move(checkpoint));
+}
+
+c10cca::CheckpointDelta UvmAllocator::setCheckpointPoolState(
+    c10::DeviceIndex device,
+    std::shared_ptr<c10cca::AllocatorState> state) {
+  const auto pool_state = std::dynamic_pointer_cast<PoolState>(state);
+  TORCH_CHECK(pool_state, "setCheckpointPoolState: this state was not made by the uvm allocator");
+  bridge::Restored restored;
+  check(bridge::restore(device, *pool_state->checkpoint, stacks_.gather(RecordContext::STATE), restored));
+  c10cca::CheckpointDelta delta;
+  delta.ptrs_freed.reserve(restored.freed.size());
+  for (const auto freed : restored.freed) {
+    delta.ptrs_freed.push_back(pointer(freed));
+  }
+  delta.dataptrs_allocd.reserve(restored.created.size());
+  for (const auto created : restored.created) {
+    delta.dataptrs_allocd.emplace_back(pointer(created), pointer(created), &deleter, cuda(device));
+  }
+  return delta;
+}
+
+// Other processes, other devices.
+
+c10cca::ShareableHandle UvmAllocator::shareIpcHandle(void* ptr) {
+  return share(ptr);
+}
+
+std::shared_ptr<void> UvmAllocator::getIpcDevPtr(std::string handle) {
+  return opened_handles_.open(handle);
+}
+
+void UvmAllocator::enablePeerAccess(c10::DeviceIndex device, c10::DeviceIndex device_to_access) {
+  // Managed memory is reachable from every device without; device placement needs it.
+  c10::cuda::CUDAGuard guard(device);
+  const cudaError_t result = C10_CUDA_ERROR_HANDLED(cudaDeviceEnablePeerAccess(device_to_access, 0));
+  if (result == cudaErrorPeerAccessAlreadyEnabled) {
+    (void)cudaGetLastError(); // it is no error: leave no trace of it
+  } else {
+    C10_CUDA_CHECK(result);
+  }
+}
+
+cudaError_t UvmAllocator::memcpyAsync(
+    void* dst,
+    int /*dst_device*/,
+    const void* src,
+    int /*src_device*/,
+    size_t count,
+    cudaStream_t stream,
+    bool /*p2p_enabled*/) {
+  // Managed memory and memory from cudaMalloc are both known to CUDA by address, with and without peer access.
+  return cudaMemcpyAsync(dst, src, count, cudaMemcpyDeviceToDevice, stream);
+}
+
+void UvmAllocator::copy_data(void* dest, const void* src, std::size_t count) const {
+  C10_CUDA_CHECK(cudaMemcpy(dest, src, count, cudaMemcpyDeviceToDevice));
+}
+
+} // namespace torch_uvm

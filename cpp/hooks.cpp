@@ -1,0 +1,95 @@
+// What the allocator asks of PyTorch (declared in torch_uvm/bridge_types.h).
+
+#include <torch_uvm/history.h>
+#include <torch_uvm/observers.h>
+#include <torch_uvm/torch_version.h>
+
+#include <c10/util/ApproximateClock.h>
+#include <c10/util/Exception.h>
+
+namespace torch_uvm {
+
+Observers<c10cca::OutOfMemoryObserver>& out_of_memory_observers() {
+  static auto* observers = new Observers<c10cca::OutOfMemoryObserver>();
+  return *observers;
+}
+
+Observers<c10cca::AllocatorTraceTracker>& trace_trackers() {
+  static auto* trackers = new Observers<c10cca::AllocatorTraceTracker>();
+  return *trackers;
+}
+
+namespace bridge {
+
+namespace {
+
+// Runs a function of PyTorch's from within the allocator, which exceptions cannot cross.
+template <typename Function, typename Result>
+Result guarded(const char* what, Result otherwise, Function function) noexcept {
+  try {
+    try {
+      return function();
+    } catch (const std::exception& error) {
+      TORCH_WARN("uvm allocator: ", what, " threw: ", error.what());
+    }
+  } catch (...) { // NOLINT(bugprone-empty-catch): no exception at all, or a warning handler that throws
+  }
+  return otherwise;
+}
+
+} // namespace
+
+StreamFilter::StreamFilter(std::function<bool(CUstream_st*)> filter) : filter_(std::move(filter)) {}
+
+bool StreamFilter::accepts(std::uint64_t stream) const noexcept {
+  return guarded("the stream filter of a memory pool", false, [&] {
+    return filter_(reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+bool run_free_memory_callbacks() noexcept {
+  return guarded("a free-memory callback", false, [] {
+    bool freed = false;
+    for (const auto& name : c10::FreeCudaMemoryCallbacksRegistry()->Keys()) {
+      freed |= c10::FreeCudaMemoryCallbacksRegistry()->Create(name)->Execute();
+    }
+    return freed;
+  });
+}
+
+std::int64_t approximate_time() noexcept {
+  return static_cast<std::int64_t>(c10::getApproximateTime());
+}
+
+std::uint64_t custom_alloc(std::uint64_t allocator, std::uint64_t bytes) noexcept {
+  return guarded("the allocator of a memory pool", std::uint64_t{0}, [&] {
+    auto* custom = reinterpret_cast<c10cca::CUDAAllocator*>(allocator);
+    return reinterpret_cast<std::uint64_t>(custom->raw_alloc(bytes));
+  });
+}
+
+bool custom_free(std::uint64_t allocator, std::uint64_t ptr) noexcept {
+  // The pool may outlive its allocator: only one that is known to be there now is called.
+  auto* custom = AllocatorInterface::active_custom_allocator();
+  if (reinterpret_cast<std::uint64_t>(custom) != allocator) {
+    return false;
+  }
+  // Even where it throws, the memory was its own to free: the driver must not free it again.
+  return guarded("the allocator of a memory pool", true, [&] {
+    custom->raw_delete(reinterpret_cast<void*>(ptr));
+    return true;
+  });
+}
+
+void trace(const TraceEntry& entry) noexcept {
+  guarded("a trace tracker", false, [&] {
+    const auto translated = translate(entry);
+    for (const auto& tracker : trace_trackers().all()) {
+      tracker(translated);
+    }
+    return true;
+  });
+}
+
+} // namespace bridge
+} // namespace torch_uvm

@@ -1,0 +1,36 @@
+// What the patched c10/cuda calls (declared in c10/cuda/RustUvm.h, which the patch adds).
+
+#include <torch_uvm/allocator.h>
+#include <torch_uvm/failure.h>
+
+#include <c10/cuda/RustUvm.h>
+
+namespace c10::cuda::CUDACachingAllocator::RustUvm {
+
+namespace {
+
+rust::Slice<const std::uint8_t> bytes(const std::string& text) {
+  return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
+}
+
+bool active() {
+  return get() == &torch_uvm::UvmAllocator::instance();
+}
+
+} // namespace
+
+CUDAAllocator* chosen() {
+  return torch_uvm::bridge::wanted_by_environment() ? &torch_uvm::UvmAllocator::instance() : nullptr;
+}
+
+void checkSettings(const std::string& settings) {
+  torch_uvm::check(torch_uvm::bridge::check_settings(bytes(settings), active()));
+}
+
+void settingsChanged(const std::string& settings) {
+  if (active()) {
+    torch_uvm::check(torch_uvm::bridge::apply_settings(bytes(settings), torch_uvm::native_settings()));
+  }
+}
+
+} // namespace c10::cuda::CUDACachingAllocator::RustUvm

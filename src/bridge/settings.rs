@@ -1,0 +1,88 @@
+//! Where the options come from: the environment first, then settings made at run time, before or after the allocator is
+//! made.
+
+use super::failure::guarded;
+use super::{ALLOCATOR, SETTINGS, convert, ffi};
+use crate::error::{Error, Result};
+use crate::options::Options;
+
+/// PyTorch's variables, in the order in which they are read: the later one's keys win.
+const VARIABLES: [&str; 2] = ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"];
+
+/// The options until there is an allocator to keep them.
+pub(super) struct Settings {
+    options: Option<Options>,
+}
+
+impl Settings {
+    pub const fn new() -> Self {
+        Self { options: None }
+    }
+
+    /// The options so far; at first those of the environment.
+    pub fn options(&mut self) -> Result<&mut Options> {
+        if self.options.is_none() {
+            self.options = Some(from_environment()?);
+        }
+        self.options.as_mut().ok_or_else(|| Error::Internal("no options".to_owned()))
+    }
+}
+
+fn from_environment() -> Result<Options> {
+    VARIABLES.iter().try_fold(Options::default(), |options, variable| {
+        let conf = std::env::var_os(variable).unwrap_or_default();
+        let parsed = options.apply(&conf.to_string_lossy()).map_err(|error| match error {
+            Error::InvalidArgument(message) => Error::InvalidArgument(format!("{variable}: {message}")),
+            other => other,
+        })?;
+        Ok(parsed.options)
+    })
+}
+
+/// Whether the environment chooses this allocator. Called while libraries load: whatever is wrong with the settings is
+/// told when they are parsed.
+pub(super) fn wanted_by_environment() -> bool {
+    let wanted = |variable| Options::wanted(&std::env::var_os(variable)?.to_string_lossy());
+    guarded(|| Ok(VARIABLES.into_iter().filter_map(wanted).last().unwrap_or(false))).unwrap_or(false)
+}
+
+/// Checks our part of a whole settings string. `active`: this allocator is PyTorch's backend.
+pub(super) fn check_settings(conf: &[u8], active: bool) -> bool {
+    guarded(|| {
+        let base = Options { enabled: active, ..Options::default() };
+        let wanted = base.apply(&String::from_utf8_lossy(conf))?.options.enabled;
+        match (wanted, active) {
+            (true, false) => Err(Error::InvalidArgument(
+                "use_uvm: 'True' comes too late: the backend is chosen when PyTorch is loaded, from PYTORCH_CUDA_ALLOC_CONF. \
+                 Set it before `import torch`"
+                    .to_owned(),
+            )),
+            (false, true) => Err(Error::InvalidArgument(
+                "use_uvm: 'False' is not allowed at run time: the backend is chosen when PyTorch is loaded".to_owned(),
+            )),
+            _ => Ok(()),
+        }
+    })
+    .is_some()
+}
+
+/// Settings made at run time (`torch.cuda.memory._set_allocator_settings`). PyTorch has parsed its
+/// own keys, and had ours checked.
+pub(super) fn apply_settings(conf: &[u8], native: &ffi::NativeSettings) -> bool {
+    guarded(|| {
+        let mut settings = SETTINGS.lock();
+        let conf = String::from_utf8_lossy(conf);
+        let Some(allocator) = ALLOCATOR.get() else {
+            let options = settings.options()?;
+            *options = options.apply(&conf)?.options;
+            return Ok(());
+        };
+        let parsed = allocator.options().apply(&conf)?;
+        if !parsed.given.is_empty() {
+            allocator.set_options(parsed.options)?;
+        }
+        allocator.set_native_options(convert::native_options(native));
+        Ok(())
+    })
+    .is_some()
+}
