@@ -1,1 +1,27 @@
+//! The simulated device as CUDA's own libraries.
+//!
+//! This library exports the entry points of the CUDA runtime (`cuda*`) and driver (`cu*`), unversioned, over one
+//! [`torch_uvm_sim::Machine`]. The stand-ins of `stubs/` carry the SONAMEs `libcudart.so.12`, `libcudart.so.13` and
+//! `libcuda.so.1` and need this library: preloaded, they take the place of the libraries that a wheel brings along.
+//! README.md says how it is built and used.
+//!
+//! An entry point that nothing needs yet returns `CUDA_ERROR_NOT_SUPPORTED` and says so in the log (`unsupported`):
+//! none pretends.
 
+#![deny(unsafe_op_in_unsafe_fn)]
+#![allow(non_snake_case)] // the entry points' names are CUDA's
+#![allow(clippy::missing_safety_doc, clippy::too_many_arguments)]
+
+mod context;
+mod driver;
+mod entry;
+mod errors;
+mod graphs;
+mod host_functions;
+mod log;
+mod machine;
+mod ops;
+mod pools;
+mod properties;
+mod runtime;
+mod unsupported;

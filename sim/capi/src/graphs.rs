@@ -1,0 +1,205 @@
+//! Captures and graphs, for both APIs.
+
+use std::ffi::{CStr, c_char, c_int};
+use std::fmt::Write;
+use std::slice;
+
+use torch_uvm_sim::{CaptureStatus, GraphId, GraphNode, NodeKind};
+
+use crate::context;
+use crate::entry::{Outcome, put, put_optional};
+use crate::errors::code;
+use crate::machine::{Handle, exec, graph, machine, stream};
+use crate::ops;
+
+/// A node's handle holds its graph and its place in it: a node is only ever looked up.
+const PLACE_BITS: u32 = 24;
+
+fn node_handle(graph: GraphId, place: usize) -> Handle {
+    ((graph.0 << PLACE_BITS) | (place as u64 + 1)) as Handle
+}
+
+fn find_node(node: Handle) -> Outcome<(GraphId, usize, Vec<GraphNode>)> {
+    let bits = node as u64;
+    let (graph, place) = (GraphId(bits >> PLACE_BITS), bits & ((1 << PLACE_BITS) - 1));
+    let place = usize::try_from(place).ok().and_then(|place| place.checked_sub(1)).ok_or(code::INVALID_VALUE)?;
+    let nodes = machine()?.graph_nodes(graph)?;
+    if place >= nodes.len() {
+        Err(code::INVALID_VALUE)?;
+    }
+    Ok((graph, place, nodes))
+}
+
+pub fn begin_capture(on: Handle, mode: c_int) -> Outcome {
+    Ok(machine()?.begin_capture(context::use_device(), stream(on), ops::capture_mode(mode)?)?)
+}
+
+pub fn end_capture(on: Handle) -> Outcome<Handle> {
+    Ok(machine()?.end_capture(context::use_device(), stream(on))?.0 as Handle)
+}
+
+pub fn capture_status(on: Handle) -> Outcome<c_int> {
+    let info = machine()?.capture_info(context::current_device(), stream(on))?;
+    Ok(ops::capture_status_number(info.status))
+}
+
+/// `cudaThreadExchangeStreamCaptureMode`.
+///
+/// # Safety
+/// `mode` is null or valid.
+pub unsafe fn exchange_capture_mode(mode: *mut c_int) -> Outcome {
+    // SAFETY: null or valid by this function's contract.
+    let wanted = *unsafe { mode.as_ref() }.ok_or(code::INVALID_VALUE)?;
+    let before = machine()?.exchange_capture_mode(ops::capture_mode(wanted)?)?;
+    // SAFETY: as above.
+    unsafe { put(mode, ops::capture_mode_number(before)) }
+}
+
+/// Where the forms of `…StreamGetCaptureInfo` put their answers; all but the status may be null.
+pub struct CaptureAnswers {
+    pub status: *mut c_int,
+    pub id: *mut u64,
+    pub graph: *mut Handle,
+    pub dependencies: *mut *const Handle,
+    pub edges: *mut *const u8,
+    pub count: *mut usize,
+}
+
+/// All forms of `…StreamGetCaptureInfo`. The graph that is being captured has no handle here yet, so who asks for it
+/// or for its nodes is told that this is not supported.
+///
+/// # Safety
+/// The pointers are null or valid.
+pub unsafe fn capture_info(on: Handle, answers: &CaptureAnswers) -> Outcome {
+    let info = machine()?.capture_info(context::current_device(), stream(on))?;
+    if info.status == CaptureStatus::Active && !(answers.graph.is_null() && answers.dependencies.is_null()) {
+        Err(code::NOT_SUPPORTED)?;
+    }
+    // SAFETY: null or valid by this function's contract.
+    unsafe {
+        put(answers.status, ops::capture_status_number(info.status))?;
+        put_optional(answers.id, info.id);
+        put_optional(answers.graph, std::ptr::null_mut());
+        put_optional(answers.dependencies, std::ptr::null());
+        put_optional(answers.edges, std::ptr::null());
+        put_optional(answers.count, 0);
+    }
+    Ok(())
+}
+
+pub fn instantiate(what: Handle) -> Outcome<Handle> {
+    Ok(machine()?.graph_instantiate(graph(what))?.0 as Handle)
+}
+
+pub fn launch(what: Handle, on: Handle) -> Outcome {
+    Ok(machine()?.graph_launch(context::use_device(), exec(what), stream(on))?)
+}
+
+pub fn destroy(what: Handle) -> Outcome {
+    Ok(machine()?.graph_destroy(graph(what))?)
+}
+
+pub fn destroy_exec(what: Handle) -> Outcome {
+    Ok(machine()?.graph_exec_destroy(exec(what))?)
+}
+
+/// Writes a list by CUDA's rule: with no array only the count is told; an array is filled up to `count`, the rest of it
+/// with zeros.
+///
+/// # Safety
+/// `count` is null or valid; the arrays are null or have `*count` elements.
+unsafe fn put_list(items: &[Handle], array: *mut Handle, count: *mut usize) -> Outcome {
+    if count.is_null() {
+        Err(code::INVALID_VALUE)?;
+    }
+    if !array.is_null() {
+        // SAFETY: the caller's array has as many elements as it says in `count`.
+        let array = unsafe { slice::from_raw_parts_mut(array, count.read()) };
+        for (at, to) in array.iter_mut().enumerate() {
+            *to = items.get(at).copied().unwrap_or(std::ptr::null_mut());
+        }
+    }
+    // SAFETY: not null, and valid by this function's contract.
+    unsafe { put(count, items.len()) }
+}
+
+/// `cudaGraphGetNodes`, or the root nodes only.
+///
+/// # Safety
+/// As [`put_list`].
+pub unsafe fn nodes(what: Handle, roots_only: bool, array: *mut Handle, count: *mut usize) -> Outcome {
+    let nodes = machine()?.graph_nodes(graph(what))?;
+    let wanted = nodes.iter().enumerate().filter(|(_, node)| !roots_only || node.dependencies.is_empty());
+    let handles: Vec<_> = wanted.map(|(place, _)| node_handle(graph(what), place)).collect();
+    // SAFETY: this function's contract.
+    unsafe { put_list(&handles, array, count) }
+}
+
+/// `cudaGraphGetEdges`.
+///
+/// # Safety
+/// As [`put_list`].
+pub unsafe fn edges(what: Handle, from: *mut Handle, to: *mut Handle, count: *mut usize) -> Outcome {
+    let (mut sources, mut targets) = (Vec::new(), Vec::new());
+    for (place, node) in machine()?.graph_nodes(graph(what))?.iter().enumerate() {
+        for dependency in &node.dependencies {
+            sources.push(node_handle(graph(what), *dependency));
+            targets.push(node_handle(graph(what), place));
+        }
+    }
+    // SAFETY: this function's contract. The first call must leave `count` as the second expects it.
+    unsafe {
+        let room = if count.is_null() { 0 } else { count.read() };
+        put_list(&sources, from, count)?;
+        put(count, room)?;
+        put_list(&targets, to, count)
+    }
+}
+
+/// `cudaGraphNodeGetDependencies` (`forward` false) and `cudaGraphNodeGetDependentNodes` (true).
+///
+/// # Safety
+/// As [`put_list`].
+pub unsafe fn neighbours(node: Handle, forward: bool, array: *mut Handle, count: *mut usize) -> Outcome {
+    let (graph, place, nodes) = find_node(node)?;
+    let places: Vec<usize> = if forward {
+        (0..nodes.len()).filter(|other| nodes[*other].dependencies.contains(&place)).collect()
+    } else {
+        nodes[place].dependencies.clone()
+    };
+    let handles: Vec<_> = places.into_iter().map(|place| node_handle(graph, place)).collect();
+    // SAFETY: this function's contract.
+    unsafe { put_list(&handles, array, count) }
+}
+
+/// `cudaGraphNodeGetType`.
+pub fn node_type(node: Handle) -> Outcome<c_int> {
+    let (_, place, nodes) = find_node(node)?;
+    Ok(match nodes[place].kind {
+        NodeKind::Kernel => 0,
+        NodeKind::Memcpy => 1,
+        NodeKind::Memset => 2,
+        NodeKind::Host => 3,
+    })
+}
+
+/// `cudaGraphDebugDotPrint`.
+///
+/// # Safety
+/// `path` is null or a C string.
+pub unsafe fn dot_print(what: Handle, path: *const c_char) -> Outcome {
+    if path.is_null() {
+        Err(code::INVALID_VALUE)?;
+    }
+    // SAFETY: a C string by this function's contract.
+    let path = unsafe { CStr::from_ptr(path) }.to_str().map_err(|_| code::INVALID_VALUE)?;
+    let mut text = String::from("digraph dot {\n");
+    for (place, node) in machine()?.graph_nodes(graph(what))?.iter().enumerate() {
+        let _ = writeln!(text, "  node{place} [label=\"{place}: {:?}\"];", node.kind);
+        for dependency in &node.dependencies {
+            let _ = writeln!(text, "  node{dependency} -> node{place};");
+        }
+    }
+    text.push_str("}\n");
+    Ok(std::fs::write(path, text).map_err(|_| code::OPERATING_SYSTEM)?)
+}

@@ -1,0 +1,158 @@
+//! Streams and events.
+
+use std::ffi::{c_int, c_uint, c_void};
+
+use torch_uvm_sim::StreamInfo;
+
+use crate::context;
+use crate::entry::{Outcome, entry_points, put};
+use crate::errors::{Code, code};
+use crate::host_functions::{self, HostFunction};
+use crate::machine::{Handle, event, machine, stream};
+
+/// `cudaStreamCallback_t` and `CUstreamCallback`.
+pub type StreamCallback = Option<unsafe extern "C" fn(Handle, Code, *mut c_void)>;
+
+/// `cudaStreamNonBlocking`.
+const NON_BLOCKING: c_uint = 1;
+/// `cudaEventDisableTiming`.
+const DISABLE_TIMING: c_uint = 2;
+/// `cudaEventInterprocess`.
+const INTERPROCESS: c_uint = 4;
+
+pub fn create_stream(flags: c_uint, priority: c_int) -> Outcome<Handle> {
+    if flags & !NON_BLOCKING != 0 {
+        Err(code::INVALID_VALUE)?;
+    }
+    Ok(machine()?.stream_create(context::use_device(), flags == NON_BLOCKING, priority)?.0 as Handle)
+}
+
+pub fn stream_info(on: Handle) -> Outcome<StreamInfo> {
+    Ok(machine()?.stream_info(context::current_device(), stream(on))?)
+}
+
+pub fn stream_flags(on: Handle) -> Outcome<c_uint> {
+    Ok(c_uint::from(stream_info(on)?.non_blocking))
+}
+
+pub fn destroy_stream(on: Handle) -> Outcome {
+    Ok(machine()?.stream_destroy(context::current_device(), stream(on))?)
+}
+
+pub fn query_stream(on: Handle) -> Outcome {
+    ready(machine()?.stream_query(context::use_device(), stream(on))?)
+}
+
+pub fn stream_wait_event(on: Handle, what: Handle) -> Outcome {
+    Ok(machine()?.stream_wait_event(context::use_device(), stream(on), event(what))?)
+}
+
+pub fn create_event(flags: c_uint) -> Outcome<Handle> {
+    // Between processes an event cannot carry times: CUDA's own rule.
+    if flags & !7 != 0 || flags & (INTERPROCESS | DISABLE_TIMING) == INTERPROCESS {
+        Err(code::INVALID_VALUE)?;
+    }
+    Ok(machine()?.event_create(context::use_device(), flags & DISABLE_TIMING == 0)?.0 as Handle)
+}
+
+pub fn record_event(what: Handle, on: Handle) -> Outcome {
+    Ok(machine()?.event_record(context::use_device(), event(what), stream(on))?)
+}
+
+pub fn query_event(what: Handle) -> Outcome {
+    ready(machine()?.event_query(context::current_device(), event(what))?)
+}
+
+pub fn synchronize_event(what: Handle) -> Outcome {
+    Ok(machine()?.event_synchronize(context::current_device(), event(what))?)
+}
+
+pub fn elapsed(start: Handle, end: Handle) -> Outcome<f32> {
+    Ok(machine()?.event_elapsed(context::current_device(), event(start), event(end))?)
+}
+
+pub fn destroy_event(what: Handle) -> Outcome {
+    Ok(machine()?.event_destroy(context::current_device(), event(what))?)
+}
+
+fn ready(done: bool) -> Outcome {
+    if done { Ok(()) } else { Err(code::NOT_READY)? }
+}
+
+entry_points! { runtime;
+    /// `cudaStreamCreate`.
+    fn cudaStreamCreate(on: *mut Handle) { put(on, create_stream(0, 0)?) }
+
+    /// `cudaStreamCreateWithFlags`.
+    fn cudaStreamCreateWithFlags(on: *mut Handle, flags: c_uint) { put(on, create_stream(flags, 0)?) }
+
+    /// `cudaStreamCreateWithPriority`.
+    fn cudaStreamCreateWithPriority(on: *mut Handle, flags: c_uint, priority: c_int) {
+        put(on, create_stream(flags, priority)?)
+    }
+
+    /// `cudaStreamDestroy`.
+    fn cudaStreamDestroy(on: Handle) { destroy_stream(on) }
+
+    /// `cudaStreamGetPriority`.
+    fn cudaStreamGetPriority(on: Handle, priority: *mut c_int) { put(priority, stream_info(on)?.priority) }
+
+    /// `cudaStreamGetFlags`.
+    fn cudaStreamGetFlags(on: Handle, flags: *mut c_uint) { put(flags, stream_flags(on)?) }
+
+    /// `cudaStreamGetId`.
+    fn cudaStreamGetId(on: Handle, id: *mut u64) { put(id, stream_info(on)?.id) }
+
+    /// `cudaStreamGetDevice`.
+    fn cudaStreamGetDevice(on: Handle, device: *mut c_int) { put(device, stream_info(on)?.device) }
+
+    /// `cudaStreamQuery`.
+    fn cudaStreamQuery(on: Handle) { query_stream(on) }
+
+    /// `cudaStreamSynchronize`.
+    fn cudaStreamSynchronize(on: Handle) { crate::ops::wait(on) }
+
+    /// `cudaStreamWaitEvent`.
+    fn cudaStreamWaitEvent(on: Handle, what: Handle, _flags: c_uint) { stream_wait_event(on, what) }
+
+    /// `cudaStreamAddCallback`.
+    fn cudaStreamAddCallback(on: Handle, callback: StreamCallback, data: *mut c_void, flags: c_uint) {
+        host_functions::add_callback(on, callback, data, flags)
+    }
+
+    /// `cudaLaunchHostFunc`.
+    fn cudaLaunchHostFunc(on: Handle, function: HostFunction, data: *mut c_void) {
+        host_functions::launch(on, function, data)
+    }
+
+    /// `cudaEventCreate`.
+    fn cudaEventCreate(what: *mut Handle) { put(what, create_event(0)?) }
+
+    /// `cudaEventCreateWithFlags`.
+    fn cudaEventCreateWithFlags(what: *mut Handle, flags: c_uint) { put(what, create_event(flags)?) }
+
+    /// `cudaEventRecord`.
+    fn cudaEventRecord(what: Handle, on: Handle) { record_event(what, on) }
+
+    /// `cudaEventRecordWithFlags`: an external record (1) is as good as a plain one where nothing is captured.
+    fn cudaEventRecordWithFlags(what: Handle, on: Handle, _flags: c_uint) { record_event(what, on) }
+
+    /// `cudaEventQuery`.
+    fn cudaEventQuery(what: Handle) { query_event(what) }
+
+    /// `cudaEventSynchronize`.
+    fn cudaEventSynchronize(what: Handle) { synchronize_event(what) }
+
+    /// `cudaEventElapsedTime`, in milliseconds of the simulated clock.
+    fn cudaEventElapsedTime(milliseconds: *mut f32, start: Handle, end: Handle) {
+        put(milliseconds, elapsed(start, end)?)
+    }
+
+    /// `cudaEventElapsedTime_v2`.
+    fn cudaEventElapsedTime_v2(milliseconds: *mut f32, start: Handle, end: Handle) {
+        put(milliseconds, elapsed(start, end)?)
+    }
+
+    /// `cudaEventDestroy`.
+    fn cudaEventDestroy(what: Handle) { destroy_event(what) }
+}
