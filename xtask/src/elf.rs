@@ -1,0 +1,157 @@
+//! What a shared library offers, needs and says about itself.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use object::elf::{DT_RPATH, DT_RUNPATH, FileHeader64};
+use object::read::elf::{Dyn, ElfFile};
+use object::{Endianness, Object, ObjectSymbol, ReadCache};
+
+/// A shared library's dynamic symbols, the symbol versions it needs, and its run path.
+#[derive(Debug, Default)]
+pub struct Library {
+    /// Symbols it defines for others; the value says whether it is weak.
+    pub exports: BTreeMap<String, bool>,
+    /// Symbols that some other library has to define.
+    pub imports: BTreeSet<String>,
+    /// Versions it needs of its libraries, such as `GLIBC_2.34`.
+    pub needed_versions: BTreeSet<String>,
+    /// The folders in which it looks for its libraries, joined by colons.
+    pub run_path: String,
+}
+
+impl Library {
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+        // Only what is looked at is read: libtorch_cuda.so has 900 MB.
+        let cache = ReadCache::new(file);
+        Self::parse(&cache).with_context(|| format!("{} is not a shared library that can be read", path.display()))
+    }
+
+    fn parse(data: &ReadCache<File>) -> Result<Self> {
+        let elf = ElfFile::<FileHeader64<Endianness>, _>::parse(data)?;
+        let endian = elf.endian();
+        let mut library = Self::default();
+        for symbol in elf.dynamic_symbols() {
+            let name = symbol.name()?;
+            if name.is_empty() {
+                continue;
+            }
+            if symbol.is_undefined() {
+                library.imports.insert(name.to_owned());
+            } else if symbol.is_global() {
+                library.exports.insert(name.to_owned(), symbol.is_weak());
+            }
+        }
+        let sections = elf.elf_section_table();
+        if let Some((needs, link)) = sections.gnu_verneed(endian, elf.data())? {
+            let strings = sections.strings(endian, elf.data(), link)?;
+            for need in needs {
+                for version in need?.1 {
+                    let version = version?;
+                    let name = strings
+                        .get(version.vna_name.get(endian))
+                        .map_err(|()| anyhow::anyhow!("a needed version has no name"))?;
+                    library.needed_versions.insert(String::from_utf8_lossy(name).into_owned());
+                }
+            }
+        }
+        if let Some((entries, link)) = sections.dynamic(endian, elf.data())? {
+            let strings = sections.strings(endian, elf.data(), link)?;
+            for entry in entries {
+                let tag = entry.tag(endian);
+                if tag == DT_RPATH || tag == DT_RUNPATH {
+                    let path = strings
+                        .get(u32::try_from(entry.val(endian))?)
+                        .map_err(|()| anyhow::anyhow!("the run path has no text"))?;
+                    library.run_path = String::from_utf8_lossy(path).into_owned();
+                }
+            }
+        }
+        Ok(library)
+    }
+
+    /// The newest version needed under `prefix` (`GLIBC_`, `GLIBCXX_`), as numbers.
+    pub fn newest_needed(&self, prefix: &str) -> Option<Vec<u32>> {
+        newest(self.needed_versions.iter().map(String::as_str), prefix)
+    }
+
+    /// The value of `_GLIBCXX_USE_CXX11_ABI` that a C++ library was built with, told from how its own functions' names
+    /// spell `std::string`.
+    pub fn cxx11_abi(&self, namespace: &str) -> Result<bool> {
+        // _ZN3c10… and _ZNK3c10…: functions of the namespace itself, not the templates of std that it instantiates.
+        let mangled = format!("{}{namespace}", namespace.len());
+        let own = |name: &&String| {
+            let rest = name.strip_prefix("_ZN");
+            rest.is_some_and(|rest| rest.trim_start_matches('K').starts_with(&mangled))
+        };
+        let new = self.exports.keys().filter(own).any(|name| name.contains("NSt7__cxx1112basic_string"));
+        let old = self.exports.keys().filter(own).any(|name| name.contains("RKSs") || name.ends_with("Ss"));
+        match (old, new) {
+            (true, false) => Ok(false),
+            (false, true) => Ok(true),
+            (true, true) => bail!("its functions take std::string of both libstdc++ ABIs"),
+            (false, false) => bail!("none of its functions takes a std::string, so its libstdc++ ABI cannot be told"),
+        }
+    }
+}
+
+fn newest<'a>(versions: impl Iterator<Item = &'a str>, prefix: &str) -> Option<Vec<u32>> {
+    versions
+        .filter_map(|version| version.strip_prefix(prefix))
+        .filter_map(|version| version.split('.').map(|part| part.parse().ok()).collect::<Option<Vec<u32>>>())
+        .max()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exporting(names: &[&str]) -> Library {
+        Library { exports: names.iter().map(|name| (name.to_string(), false)).collect(), ..Library::default() }
+    }
+
+    #[test]
+    fn abi_is_told_from_the_librarys_own_functions() {
+        let old = exporting(&["_ZN3c105ErrorC1ENS_14SourceLocationESs", "_ZNSt7__cxx1112basic_stringIcE5eraseEv"]);
+        assert!(!old.cxx11_abi("c10").unwrap());
+        let new =
+            exporting(&["_ZN3c105ErrorC1ENS_14SourceLocationENSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"]);
+        assert!(new.cxx11_abi("c10").unwrap());
+        assert!(exporting(&["_ZN3c104initEv"]).cxx11_abi("c10").is_err());
+    }
+
+    #[test]
+    fn newest_version_is_by_number() {
+        let versions = ["GLIBC_2.4", "GLIBC_2.34", "GLIBC_2.2.5", "GLIBCXX_3.4.30", "GLIBC_PRIVATE"];
+        assert_eq!(newest(versions.into_iter(), "GLIBC_"), Some(vec![2, 34]));
+        assert_eq!(newest(versions.into_iter(), "GLIBCXX_"), Some(vec![3, 4, 30]));
+        assert_eq!(newest(versions.into_iter(), "CUDA_"), None);
+    }
+
+    #[test]
+    fn reads_a_library_that_a_compiler_made() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("a.c");
+        let library = folder.path().join("liba.so");
+        std::fs::write(
+            &source,
+            "#include <stdlib.h>\nvoid *ours(void) { return malloc(1); }\n__attribute__((weak)) void soft(void) {}\n",
+        )
+        .unwrap();
+        let cc = std::process::Command::new("cc")
+            .args(["-shared", "-fPIC", "-Wl,-rpath,$ORIGIN/x:$ORIGIN", "-o"])
+            .args([&library, &source])
+            .status();
+        assert!(cc.unwrap().success());
+        let read = Library::read(&library).unwrap();
+        assert_eq!(read.exports.get("ours"), Some(&false));
+        assert_eq!(read.exports.get("soft"), Some(&true));
+        assert!(read.imports.contains("malloc"));
+        assert_eq!(read.run_path, "$ORIGIN/x:$ORIGIN");
+        assert!(read.newest_needed("GLIBC_").is_some());
+        assert!(Library::read(&source).is_err());
+    }
+}
