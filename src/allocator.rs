@@ -216,12 +216,8 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidPointer`].
     #[inline]
-    pub fn free(&self, ptr: DevicePtr, context: Option<Context>) -> Result<()> {
-        let mut context = Some(context);
-        self.owner(ptr, &mut |state| {
-            // The context is only used up by the device that owns the allocation, which is the last one asked.
-            if state.owns(ptr) { state.free(ptr, context.take().flatten()) } else { false }
-        })
+    pub fn free(&self, ptr: DevicePtr, mut context: Option<Context>) -> Result<()> {
+        self.owner(ptr, &mut |state| state.free(ptr, &mut context))
     }
 
     /// What is known about a live allocation.

@@ -341,13 +341,15 @@ impl DeviceState {
         self.live.get(&ptr.0).copied().ok_or(Error::InvalidPointer(ptr))
     }
 
-    /// The program gives an allocation back. Answers false where it is not one of this device.
+    /// The program gives an allocation back. Answers false where it is not one of this device; the context is only taken
+    /// where it is.
     ///
     /// A driver error while recording events does not fail the free: destructors cannot throw. The block stays
     /// unavailable until its events can be recorded.
     #[inline]
-    pub fn free(&mut self, ptr: DevicePtr, context: Option<Context>) -> bool {
+    pub fn free(&mut self, ptr: DevicePtr, context: &mut Option<Context>) -> bool {
         let Some(block) = self.live.remove(&ptr.0) else { return false };
+        let context = context.take();
         let Self { blocks, pools, stats, .. } = self;
         let freed = &mut blocks[block];
         let bytes = freed.bytes;

@@ -279,7 +279,7 @@ impl DeviceState {
                     self.blocks[block].has_uses = false;
                     self.waits.forget(block);
                 }
-                self.free(DevicePtr(address), context.clone());
+                self.free(DevicePtr(address), &mut context.clone());
                 restored.freed.push(address);
             }
         }
@@ -329,7 +329,7 @@ impl DeviceState {
             }
         }
         for hole in holes {
-            self.free(hole, context.clone());
+            self.free(hole, &mut context.clone());
         }
     }
 }

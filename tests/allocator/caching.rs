@@ -1,0 +1,321 @@
+//! What every caching allocator owes its program: rounding, best fit, splitting, merging, giving back, statistics.
+
+use crate::world::{GIB, MIB, World};
+use torch_uvm::driver::DevicePtr;
+use torch_uvm::error::Error;
+use torch_uvm::history::{Action, Context, RecordContext};
+use torch_uvm::options::NativeOptions;
+use torch_uvm::pools::DEFAULT_POOL;
+use torch_uvm_sim::{Config, PointerKind};
+use std::sync::Arc;
+
+#[test]
+fn freed_memory_is_handed_out_again() {
+    let world = World::small();
+    let first = world.empty(1000, 0).unwrap();
+    assert_eq!(world.allocator.allocation(first).unwrap().block_bytes, 1024);
+    world.allocator.free(first, None).unwrap();
+    assert_eq!(world.empty(1024, 0).unwrap(), first);
+    world.allocator.free(first, None).unwrap();
+    world.finish();
+}
+
+#[test]
+fn streams_do_not_share_free_blocks() {
+    let world = World::small();
+    let first = world.empty(512, 0).unwrap();
+    world.allocator.free(first, None).unwrap();
+    let other = world.empty(512, 1).unwrap();
+    assert_ne!(first, other);
+    world.allocator.free(other, None).unwrap();
+    world.finish();
+}
+
+#[test]
+fn segments_grow_in_place_by_natives_steps() {
+    let world = World::small();
+    let small = world.empty(512, 0).unwrap();
+    assert_eq!(world.reserved(), 2 * MIB);
+    let medium = world.empty(2 * MIB, 0).unwrap();
+    assert_eq!(world.reserved(), 22 * MIB);
+    let large = world.empty(40 * MIB + 512, 0).unwrap();
+    // The 18 MiB that the 20 MiB step left are used before anything is populated.
+    assert_eq!(large, medium.offset(2 * MIB));
+    assert_eq!(world.reserved(), 2 * MIB + (2 + 42) * MIB);
+    assert_eq!(world.segments().len(), 2, "one range for each size class");
+    for ptr in [small, medium, large] {
+        world.allocator.free(ptr, None).unwrap();
+    }
+    world.finish();
+}
+
+#[test]
+fn changing_shapes_tile_into_one_range() {
+    let world = World::small();
+    for step in 0..20 {
+        let bytes = (60 + step) * MIB;
+        let ptr = world.empty(bytes, 0).unwrap();
+        world.allocator.free(ptr, None).unwrap();
+    }
+    assert_eq!(world.reserved(), 80 * MIB, "native would hold a segment for each shape");
+    world.finish();
+}
+
+#[test]
+fn neighbours_merge_whatever_the_order_of_frees() {
+    let world = World::small();
+    let blocks: Vec<DevicePtr> = (0..8).map(|_| world.empty(2 * MIB + 512, 0).unwrap()).collect();
+    for index in [3, 1, 2, 7, 5, 0, 6, 4] {
+        world.allocator.free(blocks[index], None).unwrap();
+        world.check();
+    }
+    let snapshot = world.allocator.snapshot(DEFAULT_POOL).unwrap();
+    assert_eq!(snapshot.segments.len(), 1);
+    assert_eq!(snapshot.segments[0].blocks.len(), 1);
+    world.finish();
+}
+
+#[test]
+fn only_wholly_free_segments_are_given_back() {
+    let world = World::small();
+    let kept = world.empty(512, 0).unwrap();
+    let large = world.empty(100 * MIB, 0).unwrap();
+    world.allocator.free(large, None).unwrap();
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    assert_eq!(world.reserved(), 2 * MIB);
+    assert_eq!(world.segments().len(), 1);
+    world.allocator.free(kept, None).unwrap();
+    world.finish();
+}
+
+#[test]
+fn statistics_are_natives() {
+    let world = World::small();
+    let a = world.empty(1000, 0).unwrap();
+    let b = world.empty(3 * MIB, 0).unwrap();
+    world.allocator.free(b, None).unwrap();
+    let stats = world.allocator.device_stats(0).unwrap();
+    assert_eq!(stats.allocation.aggregate.current, 1);
+    assert_eq!(stats.allocation.aggregate.peak, 2);
+    assert_eq!(stats.allocation.large_pool.freed, 1);
+    assert_eq!(stats.allocated_bytes.small_pool.current, 1024);
+    assert_eq!(stats.requested_bytes.aggregate.allocated, 1000 + 3 * MIB as i64);
+    assert_eq!(stats.reserved_bytes.aggregate.current, 22 * MIB as i64);
+    assert_eq!(stats.num_device_alloc, 2);
+    assert_eq!(stats.segment.aggregate.current, 0, "growing segments are not counted, as native's expandable ones");
+    world.allocator.reset_peak_stats(0).unwrap();
+    world.allocator.reset_accumulated_stats(0).unwrap();
+    let stats = world.allocator.device_stats(0).unwrap();
+    assert_eq!(stats.allocation.aggregate.peak, 1);
+    assert_eq!(stats.allocation.aggregate.allocated, 0);
+    world.allocator.free(a, None).unwrap();
+    world.finish();
+}
+
+#[test]
+fn plain_device_memory_comes_in_segments_of_fixed_size_and_can_be_shared() {
+    let world = World::new(Config::small_gh200(), "uvm_access_pattern:device");
+    let a = world.empty(512, 0).unwrap();
+    let b = world.empty(512, 0).unwrap();
+    let c = world.empty(3 * MIB, 0).unwrap();
+    let stats = world.allocator.device_stats(0).unwrap();
+    assert_eq!(stats.segment.aggregate.current, 2);
+    assert_eq!(stats.inactive_split.small_pool.current, 1);
+    assert_eq!(stats.inactive_split_bytes.large_pool.current, 17 * MIB as i64);
+    assert!(world.segments().iter().all(|&(_, _, kind)| kind == PointerKind::Device));
+    let (_, offset) = world.allocator.ipc_handle(b).unwrap();
+    assert_eq!(offset, 512);
+    for ptr in [a, b, c] {
+        world.allocator.free(ptr, None).unwrap();
+    }
+    let stats = world.allocator.device_stats(0).unwrap();
+    assert_eq!(stats.inactive_split.aggregate.current, 0);
+    assert_eq!(stats.inactive_split_bytes.aggregate.current, 0);
+    world.finish();
+}
+
+#[test]
+fn managed_memory_has_no_ipc_handles_and_says_so() {
+    let world = World::small();
+    let ptr = world.empty(512, 0).unwrap();
+    let error = world.allocator.ipc_handle(ptr).unwrap_err();
+    assert!(matches!(&error, Error::NotSupported(text) if text.contains("uvm_access_pattern:device")), "{error}");
+    world.allocator.free(ptr, None).unwrap();
+    world.finish();
+}
+
+#[test]
+fn oversize_blocks_are_neither_split_nor_wasted() {
+    let world = World::small();
+    let native = NativeOptions { max_split_size: 40 * MIB, ..NativeOptions::default() };
+    world.allocator.set_native_options(native);
+    let big = world.empty(64 * MIB, 0).unwrap();
+    let stats = world.allocator.device_stats(0).unwrap();
+    assert_eq!(stats.oversize_allocations.current, 1);
+    assert_eq!(stats.oversize_segments.current, 1);
+    world.allocator.free(big, None).unwrap();
+    let small = world.empty(10 * MIB, 0).unwrap();
+    assert_ne!(small, big, "an oversize block serves oversize requests");
+    let again = world.empty(60 * MIB, 0).unwrap();
+    assert_eq!(again, big, "within max_non_split_rounding");
+    assert_eq!(world.allocator.allocation(again).unwrap().block_bytes, 64 * MIB, "and whole");
+    world.allocator.free(again, None).unwrap();
+    let other = world.empty(40 * MIB, 0).unwrap();
+    assert_ne!(other, big, "24 MiB would be wasted");
+    for ptr in [small, other] {
+        world.allocator.free(ptr, None).unwrap();
+    }
+    world.finish();
+}
+
+#[test]
+fn unknown_and_stale_pointers_are_refused() {
+    let world = World::small();
+    let ptr = world.empty(512, 0).unwrap();
+    for bad in [DevicePtr(0), DevicePtr(0xdead_0000), ptr.offset(512)] {
+        assert_eq!(world.allocator.free(bad, None), Err(Error::InvalidPointer(bad)));
+    }
+    world.allocator.free(ptr, None).unwrap();
+    assert_eq!(world.allocator.free(ptr, None), Err(Error::InvalidPointer(ptr)));
+    assert_eq!(world.allocator.record_stream(ptr, 0, world.streams[1]), Err(Error::InvalidPointer(ptr)));
+    world.finish();
+}
+
+#[test]
+fn absurd_sizes_are_out_of_memory_and_cost_nothing() {
+    let world = World::small();
+    for bytes in [1 << 40, (1 << 60) - 1, 1 << 60, (1 << 63) - 1, 1 << 63, (1 << 63) + 1, u64::MAX - 511, u64::MAX] {
+        let oom = crate::world::out_of_memory(world.empty(bytes, 0));
+        assert!(oom.to_string().starts_with("CUDA out of memory. Tried to allocate "), "{oom}");
+        world.check();
+    }
+    assert_eq!(world.allocator.device_stats(0).unwrap().num_ooms, 8);
+    assert!(matches!(world.empty(0, 0), Err(Error::InvalidArgument(_))));
+    assert!(matches!(world.allocator.allocate(7, 512, world.streams[0], None), Err(Error::InvalidArgument(_))));
+    assert!(matches!(world.allocator.allocate(-1, 512, world.streams[0], None), Err(Error::InvalidArgument(_))));
+    world.finish();
+}
+
+#[test]
+fn history_and_snapshot_tell_what_happened() {
+    let world = World::small();
+    let stack = || Some(Context(Arc::new("here".to_string())));
+    world.allocator.set_history(true, 100, RecordContext::All, true);
+    let ptr = world.allocator.allocate(0, 1000, world.streams[0], stack()).unwrap();
+    world.allocator.free(ptr, None).unwrap();
+    let kept = world.allocator.allocate(0, 600, world.streams[0], stack()).unwrap();
+    let snapshot = world.allocator.snapshot(DEFAULT_POOL).unwrap();
+    let actions: Vec<Action> = snapshot.traces[0].iter().map(|entry| entry.action).collect();
+    assert_eq!(
+        actions,
+        [Action::SegmentMap, Action::Alloc, Action::FreeRequested, Action::FreeCompleted, Action::Alloc]
+    );
+    assert!(snapshot.traces[0].iter().all(|entry| entry.context.is_some()));
+    assert_eq!(snapshot.traces[0][1].bytes, 1000);
+    let blocks = &snapshot.segments[0].blocks;
+    assert_eq!((blocks[0].bytes, blocks[0].requested_bytes, blocks[0].allocated), (1024, 600, true));
+    assert!(blocks[0].context.is_some());
+    assert_eq!((blocks[1].bytes, blocks[1].active), (2 * MIB - 1024, false));
+    world.allocator.set_history(false, 0, RecordContext::Never, false);
+    world.allocator.free(kept, None).unwrap();
+    assert!(world.allocator.snapshot(DEFAULT_POOL).unwrap().traces[0].is_empty());
+    world.finish();
+}
+
+#[test]
+fn trackers_hear_of_memory_before_it_goes() {
+    let world = World::small();
+    world.allocator.set_tracing(true);
+    let ptr = world.empty(30 * MIB, 0).unwrap();
+    world.allocator.free(ptr, None).unwrap();
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    let seen: Vec<_> = world.hooks.trace.lock().iter().map(|entry| (entry.action, entry.bytes)).collect();
+    assert_eq!(
+        seen,
+        [
+            (Action::SegmentMap, 30 * MIB),
+            (Action::Alloc, 30 * MIB),
+            (Action::FreeRequested, 30 * MIB),
+            (Action::FreeCompleted, 30 * MIB),
+            (Action::SegmentUnmap, 30 * MIB),
+        ]
+    );
+    world.finish();
+}
+
+#[test]
+fn free_memory_callbacks_run_before_cuda_is_asked() {
+    let world = World::small();
+    let held = world.empty(20 * MIB, 0).unwrap();
+    let allocator = Arc::clone(&world.allocator);
+    let mut held = Some(held);
+    *world.hooks.callback.lock() = Some(Box::new(move || match held.take() {
+        Some(ptr) => {
+            allocator.free(ptr, None).unwrap();
+            true
+        }
+        None => false,
+    }));
+    let ptr = world.empty(20 * MIB, 0).unwrap();
+    assert_eq!(world.reserved(), 20 * MIB);
+    *world.hooks.callback.lock() = None;
+    world.allocator.free(ptr, None).unwrap();
+    world.finish();
+}
+
+#[test]
+fn devices_are_apart_and_frees_find_theirs() {
+    let config = Config::small_gh200().devices(2);
+    let world = World::new(config, "");
+    let there = world.machine.stream_create(1, true, 0).unwrap();
+    let a = world.empty(1 << 20, 0).unwrap();
+    let b = world.allocator.allocate(1, 1 << 20, there, None).unwrap();
+    assert_eq!(world.allocator.allocation(b).unwrap().device, 1);
+    assert_eq!(world.allocator.device_stats(1).unwrap().allocation.aggregate.current, 1);
+    for ptr in [b, a] {
+        world.allocator.free(ptr, None).unwrap();
+    }
+    assert_eq!(world.allocator.device_stats(1).unwrap().allocation.aggregate.current, 0);
+    world.finish();
+}
+
+#[test]
+fn a_device_without_concurrent_managed_access_is_refused_unless_placement_is_device() {
+    use torch_uvm::allocator::Allocator;
+    use torch_uvm::options::Options;
+    use torch_uvm_sim::SimDriver;
+    let config = Config::small_gh200().concurrent_managed_access(false);
+    let world = World::new(config.clone(), "uvm_access_pattern:device");
+    let driver = Arc::new(SimDriver::new(config));
+    let allocator = Allocator::new(driver, world.hooks.clone(), Options::default());
+    let error = allocator.init(1).unwrap_err();
+    assert!(matches!(&error, Error::NotSupported(text) if text.contains("concurrent managed access")), "{error}");
+    assert!(!allocator.initialized());
+    assert!(matches!(allocator.allocate(0, 1, world.streams[0], None), Err(Error::InvalidArgument(_))));
+    world.finish();
+}
+
+#[test]
+fn four_threads_share_a_device() {
+    let world = World::new(Config::small_gh200().schedule(torch_uvm_sim::Schedule::Eager), "");
+    std::thread::scope(|scope| {
+        for thread in 0..4_u64 {
+            let (allocator, stream) = (Arc::clone(&world.allocator), world.streams[thread as usize % 3]);
+            scope.spawn(move || {
+                let mut live = Vec::new();
+                for round in 0..2000_u64 {
+                    live.push(allocator.allocate(0, 512 + (round * 7919 * (thread + 1)) % (3 * MIB), stream, None).unwrap());
+                    if live.len() > 20 {
+                        let index = (round as usize * 31) % live.len();
+                        allocator.free(live.swap_remove(index), None).unwrap();
+                    }
+                }
+                for ptr in live {
+                    allocator.free(ptr, None).unwrap();
+                }
+            });
+        }
+    });
+    assert!(world.reserved() < GIB);
+    world.finish();
+}

@@ -1,0 +1,9 @@
+//! The allocator against the simulated device.
+
+mod caching;
+mod faults;
+mod limits;
+mod model;
+mod private_pools;
+mod streams;
+mod world;

@@ -1,0 +1,205 @@
+//! Private pools: CUDA graphs, MemPools, checkpoints.
+
+use crate::world::{MIB, World};
+use std::collections::HashSet;
+use torch_uvm::allocator::CustomAllocator;
+use torch_uvm::driver::DevicePtr;
+use torch_uvm::error::Error;
+use torch_uvm::options::NativeOptions;
+use torch_uvm::pools::{DEFAULT_POOL, MempoolId};
+
+const GRAPH: MempoolId = (0, 7);
+const OTHER: MempoolId = (0, 8);
+
+fn in_pool(world: &World, id: MempoolId, sizes: &[u64]) -> Vec<DevicePtr> {
+    world.begin_pool(id, 0);
+    let ptrs = sizes.iter().map(|&bytes| world.empty(bytes, 0).unwrap()).collect();
+    world.end_pool(id);
+    ptrs
+}
+
+#[test]
+fn a_pools_memory_stays_its_own() {
+    let world = World::small();
+    let a = in_pool(&world, GRAPH, &[4096])[0];
+    world.allocator.free(a, None).unwrap();
+    // Neither the default pool nor another graph gets the freed block: replays still write there.
+    let outside = world.empty(4096, 0).unwrap();
+    let other = in_pool(&world, OTHER, &[4096])[0];
+    assert!(a != outside && a != other && outside != other);
+    assert_eq!(in_pool(&world, GRAPH, &[4096])[0], a, "its own next capture does");
+    assert_eq!(world.allocator.snapshot(GRAPH).unwrap().segments.len(), 1);
+    for ptr in [a, outside, other] {
+        world.allocator.free(ptr, None).unwrap();
+    }
+    for id in [GRAPH, GRAPH, OTHER] {
+        world.allocator.release_pool(0, id).unwrap();
+    }
+    world.finish();
+}
+
+#[test]
+fn a_pool_in_use_is_not_given_back_and_a_released_one_is() {
+    let world = World::small();
+    let kept = in_pool(&world, GRAPH, &[30 * MIB])[0];
+    world.allocator.free(kept, None).unwrap();
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    assert_eq!(world.reserved(), 30 * MIB, "a replay may still write there");
+    assert_eq!(world.allocator.pool_use_count(0, GRAPH).unwrap(), 1);
+    world.allocator.release_pool(0, GRAPH).unwrap();
+    assert_eq!(world.allocator.pool_use_count(0, GRAPH).unwrap(), 0);
+    world.allocator.empty_cache(GRAPH, None).unwrap();
+    assert_eq!(world.reserved(), 0);
+    assert!(world.allocator.pool_use_count(0, GRAPH).is_err(), "forgotten");
+    world.finish();
+}
+
+#[test]
+fn a_released_pool_lives_on_while_its_outputs_do() {
+    let mut world = World::small();
+    world.begin_pool(GRAPH, 0);
+    let output = world.tensor(4096, 0).unwrap();
+    world.end_pool(GRAPH);
+    world.allocator.release_pool(0, GRAPH).unwrap();
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    world.verify(&output);
+    world.free(output);
+    world.finish();
+}
+
+#[test]
+fn pools_are_counted_and_misuse_is_refused() {
+    let world = World::small();
+    let invalid = |result: torch_uvm::error::Result<()>| {
+        assert!(matches!(&result, Err(Error::InvalidArgument(_))), "{result:?}");
+    };
+    invalid(world.allocator.end_allocate_to_pool(0, GRAPH));
+    invalid(world.allocator.release_pool(0, GRAPH));
+    invalid(world.allocator.pool_use_count(0, GRAPH).map(|_| ()));
+    invalid(world.allocator.ensure_pool(0, DEFAULT_POOL, None));
+    world.allocator.ensure_pool(0, GRAPH, None).unwrap();
+    world.begin_pool(GRAPH, 0);
+    invalid(world.allocator.begin_allocate_to_pool(0, GRAPH, Box::new(|_| true), None));
+    assert_eq!(world.allocator.pool_use_count(0, GRAPH).unwrap(), 2, "a refused begin holds nothing");
+    assert!(matches!(world.allocator.empty_cache(DEFAULT_POOL, None), Err(Error::NotSupported(_))));
+    world.end_pool(GRAPH);
+    world.allocator.release_pool(0, GRAPH).unwrap();
+    world.allocator.release_pool(0, GRAPH).unwrap();
+    invalid(world.allocator.release_pool(0, GRAPH));
+    invalid(world.allocator.begin_allocate_to_pool(0, GRAPH, Box::new(|_| true), None));
+    world.finish();
+}
+
+#[test]
+fn a_mempools_own_allocator_makes_and_frees_its_segments() {
+    let world = World::small();
+    let mine = Some(CustomAllocator(42));
+    world.allocator.begin_allocate_to_pool(0, (3, 0), Box::new(|_| true), mine).unwrap();
+    let ptrs: Vec<DevicePtr> = (0..3).map(|_| world.empty(MIB, 0).unwrap()).collect();
+    world.end_pool((3, 0));
+    assert_eq!(world.hooks.custom.lock().values().copied().collect::<Vec<_>>(), [2 * MIB, 2 * MIB]);
+    assert_eq!(world.allocator.snapshot((3, 0)).unwrap().segments.len(), 2);
+    for ptr in ptrs {
+        world.allocator.free(ptr, None).unwrap();
+    }
+    world.allocator.release_pool(0, (3, 0)).unwrap();
+    world.allocator.empty_cache((3, 0), None).unwrap();
+    assert!(world.hooks.custom.lock().is_empty());
+    world.finish();
+}
+
+#[test]
+fn no_split_and_use_on_oom() {
+    let world = World::new(torch_uvm_sim::Config::small_gh200(), "uvm_oversubscription_ratio:0.01");
+    let lent = in_pool(&world, (4, 0), &[15 * MIB])[0];
+    world.allocator.set_no_split(0, (4, 0), true).unwrap();
+    world.allocator.free(lent, None).unwrap();
+    crate::world::out_of_memory(world.empty(10 * MIB, 0));
+    world.allocator.set_use_on_oom(0, (4, 0), true).unwrap();
+    let borrowed = world.empty(10 * MIB, 0).unwrap();
+    assert_eq!(borrowed, lent);
+    assert_eq!(world.allocator.allocation(borrowed).unwrap().block_bytes, 16 * MIB, "whole, as it was populated");
+    world.allocator.free(borrowed, None).unwrap();
+    world.allocator.release_pool(0, (4, 0)).unwrap();
+    world.finish();
+}
+
+#[test]
+fn live_allocations_of_a_pool_are_checked_exactly() {
+    let world = World::small();
+    let outside = world.empty(512, 0).unwrap();
+    let ptrs = in_pool(&world, GRAPH, &[512, 3 * MIB]);
+    let check = |expected: &[u64]| world.allocator.check_pool_live_allocations(0, GRAPH, expected).unwrap();
+    assert!(check(&[ptrs[0].0, ptrs[1].0]));
+    assert!(!check(&[ptrs[0].0]));
+    assert!(!check(&[ptrs[0].0, outside.0]));
+    assert!(!check(&[ptrs[0].0, ptrs[1].0, outside.0]));
+    assert!(world.allocator.check_pool_live_allocations(0, OTHER, &[]).is_err());
+    for ptr in ptrs.into_iter().chain([outside]) {
+        world.allocator.free(ptr, None).unwrap();
+    }
+    world.allocator.release_pool(0, GRAPH).unwrap();
+    world.finish();
+}
+
+#[test]
+fn a_checkpoint_brings_back_the_same_addresses() {
+    let world = World::small();
+    let before = in_pool(&world, GRAPH, &[1000, 5000, 512, 3 * MIB, 30 * MIB]);
+    for index in [1, 3] {
+        world.allocator.free(before[index], None).unwrap();
+    }
+    let segments = |world: &World| -> Vec<Vec<(u64, u64, bool)>> {
+        let snapshot = world.allocator.snapshot(GRAPH).unwrap();
+        let blocks = |s: &torch_uvm::allocator::SegmentInfo| {
+            s.blocks.iter().map(|b| (b.bytes, b.requested_bytes, b.allocated)).collect()
+        };
+        snapshot.segments.iter().map(blocks).collect()
+    };
+    let (then, stats) = (segments(&world), world.allocator.device_stats(0).unwrap());
+    let state = world.allocator.checkpoint_state(0, GRAPH, None).unwrap();
+
+    // The program goes on: frees, allocates, and the options change.
+    world.allocator.free(before[0], None).unwrap();
+    let after = in_pool(&world, GRAPH, &[2000, 800, 2 * MIB]);
+    world.allocator.set_native_options(NativeOptions { max_split_size: 21 * MIB, ..NativeOptions::default() });
+
+    let restored = world.allocator.restore_pool(0, &state, None).unwrap();
+    world.check();
+    let freed: HashSet<u64> = restored.freed.into_iter().collect();
+    let live_then = [before[0].0, before[2].0, before[4].0];
+    assert_eq!(freed, [before[2].0, before[4].0, after[0].0, after[1].0, after[2].0].into());
+    assert_eq!(restored.created.iter().copied().collect::<HashSet<u64>>(), live_then.into());
+    assert_eq!(segments(&world), then);
+    let now = world.allocator.device_stats(0).unwrap();
+    assert_eq!(now.allocated_bytes.aggregate.current, stats.allocated_bytes.aggregate.current);
+    assert_eq!(now.requested_bytes.aggregate.current, stats.requested_bytes.aggregate.current);
+    assert!(world.allocator.check_pool_live_allocations(0, GRAPH, &live_then).unwrap());
+
+    for address in live_then {
+        world.allocator.free(DevicePtr(address), None).unwrap();
+    }
+    world.allocator.release_pool(0, GRAPH).unwrap();
+    world.allocator.release_pool(0, GRAPH).unwrap();
+    world.finish();
+}
+
+#[test]
+fn a_checkpoint_that_does_not_fit_changes_nothing() {
+    let world = World::small();
+    let ptrs = in_pool(&world, GRAPH, &[512]);
+    let state = world.allocator.checkpoint_state(0, GRAPH, None).unwrap();
+    assert!(world.allocator.restore_pool(1, &state, None).is_err());
+    world.allocator.free(ptrs[0], None).unwrap();
+    world.allocator.release_pool(0, GRAPH).unwrap();
+    assert!(world.allocator.restore_pool(0, &state, None).is_err());
+    assert!(world.allocator.checkpoint_state(0, GRAPH, None).is_err());
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    // A new pool of the same name does not have the segment.
+    let again = in_pool(&world, GRAPH, &[3 * MIB]);
+    assert!(world.allocator.restore_pool(0, &state, None).is_err());
+    assert!(world.allocator.allocation(again[0]).is_ok());
+    world.allocator.free(again[0], None).unwrap();
+    world.allocator.release_pool(0, GRAPH).unwrap();
+    world.finish();
+}

@@ -1,0 +1,154 @@
+//! `record_stream` and the frees that wait: memory is never handed out while another stream may read it.
+
+use crate::world::{MIB, World};
+use torch_uvm::driver::CaptureMode;
+use torch_uvm_sim::{CaptureStatus, Config, EntryPoint, Schedule};
+
+#[test]
+fn a_block_used_elsewhere_waits_for_the_event() {
+    let mut world = World::small();
+    let tensor = world.tensor(4096, 0).unwrap();
+    world.use_on(&tensor, 1);
+    world.free(tensor);
+    let stats = world.allocator.device_stats(0).unwrap();
+    assert_eq!((stats.allocation.aggregate.current, stats.active.aggregate.current), (0, 1));
+    let second = world.tensor(4096, 0).unwrap();
+    assert_ne!(second.ptr, tensor.ptr, "reused before the event completed");
+    world.check();
+    world.machine.stream_synchronize(0, world.streams[1]).unwrap();
+    let third = world.tensor(4096, 0).unwrap();
+    assert_eq!(third.ptr, tensor.ptr, "reused once it has");
+    for tensor in [second, third] {
+        world.verify(&tensor);
+        world.free(tensor);
+    }
+    world.finish();
+}
+
+#[test]
+fn early_reuse_would_be_seen_in_the_bytes() {
+    // The same as a program would meet it: no address is looked at, only contents.
+    let mut world = World::new(Config::small_gh200().schedule(Schedule::Late), "");
+    for _ in 0..50 {
+        let tensor = world.tensor(64 * 1024, 0).unwrap();
+        world.use_on(&tensor, 1);
+        world.use_on(&tensor, 2);
+        world.free(tensor);
+        let next = world.tensor(64 * 1024, 0).unwrap();
+        world.free(next);
+    }
+    world.verify_copies();
+    world.finish();
+}
+
+#[test]
+fn a_use_on_its_own_stream_needs_no_event() {
+    let world = World::small();
+    let ptr = world.empty(4096, 0).unwrap();
+    world.allocator.record_stream(ptr, 0, world.streams[0]).unwrap();
+    world.allocator.free(ptr, None).unwrap();
+    assert_eq!(world.empty(4096, 0).unwrap(), ptr);
+    world.allocator.free(ptr, None).unwrap();
+    assert_eq!(world.machine.calls().get(&EntryPoint::EventRecord), None);
+    world.finish();
+}
+
+#[test]
+fn the_hot_path_asks_nothing_of_cuda() {
+    let world = World::small();
+    let warm = world.empty(4096, 0).unwrap();
+    world.allocator.free(warm, None).unwrap();
+    world.machine.reset_counters();
+    let before = world.machine.calls();
+    for _ in 0..100 {
+        let ptr = world.empty(4096, 0).unwrap();
+        world.allocator.free(ptr, None).unwrap();
+    }
+    assert_eq!(world.machine.calls(), before);
+    world.finish();
+}
+
+#[test]
+fn frees_during_a_capture_wait_for_its_end() {
+    let mut world = World::small();
+    let tensor = world.tensor(4096, 0).unwrap();
+    world.use_on(&tensor, 1);
+    world.machine.device_synchronize(0).unwrap();
+    world.begin_pool((0, 1), 2);
+    world.machine.begin_capture(0, world.streams[2], CaptureMode::Global).unwrap();
+    world.free(tensor);
+    let meanwhile = world.empty(4096, 0).unwrap();
+    assert_ne!(meanwhile, tensor.ptr);
+    let captured = world.empty(4096, 2).unwrap();
+    assert_eq!(
+        world.machine.capture_info(0, world.streams[2]).unwrap().status,
+        CaptureStatus::Active,
+        "an allocation must not invalidate the capture"
+    );
+    let graph = world.machine.end_capture(0, world.streams[2]).unwrap();
+    world.end_pool((0, 1));
+    world.machine.device_synchronize(0).unwrap();
+    // The deferred events are recorded at the next allocation, and complete when queried often enough.
+    let mut found = Vec::new();
+    for _ in 0..10 {
+        found.push(world.empty(4096, 0).unwrap());
+        world.machine.device_synchronize(0).unwrap();
+    }
+    assert!(found.contains(&tensor.ptr), "the deferred free was forgotten");
+    for ptr in found.into_iter().chain([meanwhile, captured]) {
+        world.allocator.free(ptr, None).unwrap();
+    }
+    world.machine.graph_destroy(graph).unwrap();
+    world.allocator.release_pool(0, (0, 1)).unwrap();
+    world.finish();
+}
+
+#[test]
+fn uses_recorded_in_a_capture_need_no_event_after_it() {
+    let world = World::small();
+    let ptr = world.empty(4096, 0).unwrap();
+    world.begin_pool((0, 1), 2);
+    world.allocator.record_stream(ptr, 0, world.streams[2]).unwrap();
+    world.allocator.free(ptr, None).unwrap();
+    world.end_pool((0, 1));
+    assert_eq!(world.empty(4096, 0).unwrap(), ptr);
+    assert_eq!(world.machine.calls().get(&EntryPoint::EventRecord), None);
+    world.allocator.free(ptr, None).unwrap();
+    world.allocator.release_pool(0, (0, 1)).unwrap();
+    world.finish();
+}
+
+#[test]
+fn growth_on_a_capturing_stream_populates_beside_it() {
+    let mut world = World::small();
+    world.begin_pool((0, 1), 0);
+    world.machine.begin_capture(0, world.streams[0], CaptureMode::Global).unwrap();
+    let tensor = world.tensor(50 * MIB, 0).unwrap();
+    let outside = world.tensor(50 * MIB, 1).unwrap();
+    assert_eq!(world.machine.capture_info(0, world.streams[0]).unwrap().status, CaptureStatus::Active);
+    let graph = world.machine.end_capture(0, world.streams[0]).unwrap();
+    world.end_pool((0, 1));
+    let exec = world.machine.graph_instantiate(graph).unwrap();
+    world.machine.graph_launch(0, exec, world.streams[0]).unwrap();
+    world.verify(&tensor);
+    world.verify(&outside);
+    assert_eq!(world.machine.counters().device_faults, 0, "what is populated does not fault");
+    world.free(tensor);
+    world.free(outside);
+    world.machine.graph_exec_destroy(exec).unwrap();
+    world.machine.graph_destroy(graph).unwrap();
+    world.allocator.release_pool(0, (0, 1)).unwrap();
+    world.finish();
+}
+
+#[test]
+fn empty_cache_waits_for_events() {
+    let mut world = World::small();
+    let tensor = world.tensor(30 * MIB, 0).unwrap();
+    world.use_on(&tensor, 1);
+    world.free(tensor);
+    world.allocator.empty_cache((0, 0), None).unwrap();
+    assert_eq!(world.reserved(), 0);
+    assert_eq!(world.allocator.device_stats(0).unwrap().num_sync_all_streams, 1);
+    world.finish();
+}
