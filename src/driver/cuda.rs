@@ -42,6 +42,8 @@ macro_rules! call {
 /// The CUDA driver API.
 pub struct CudaDriver {
     api: Api,
+    /// Nothing newer than this version of CUDA is used.
+    newest: c_int,
     /// Filled by the first call that needs a device.
     devices: OnceLock<Devices>,
     /// Held while `devices` or a device's context is made, so that each is made once.
@@ -70,7 +72,17 @@ impl CudaDriver {
     ///
     /// [`ErrorKind::Unavailable`] where the library or one of its entry points is missing.
     pub fn load() -> Result<Self> {
-        Ok(Self { api: Api::load()?, devices: OnceLock::new(), initialising: Mutex::new(()) })
+        Self::load_at_most(c_int::MAX)
+    }
+
+    /// As [`CudaDriver::load`], using nothing that a driver of this version of CUDA lacks (1000 × major + 10 ×
+    /// minor): so that the older forms of calls can be tested on a newer driver.
+    ///
+    /// # Errors
+    ///
+    /// As [`CudaDriver::load`].
+    pub fn load_at_most(version: i32) -> Result<Self> {
+        Ok(Self { api: Api::load()?, newest: version, devices: OnceLock::new(), initialising: Mutex::new(()) })
     }
 
     /// The version of CUDA that the driver supports, as 1000 × major + 10 × minor.
@@ -99,7 +111,7 @@ impl CudaDriver {
     }
 
     fn find_devices(&self) -> Result<Devices> {
-        let has_locations = self.version()? >= CUDA_12_2
+        let has_locations = self.version()?.min(self.newest) >= CUDA_12_2
             && self.api.cuMemAdvise_v2.is_some()
             && self.api.cuMemPrefetchAsync_v2.is_some();
         // "Initializes the driver API and must be called before any other function from the driver API [but
@@ -194,8 +206,8 @@ impl CudaDriver {
             return Ok(context as CUcontext);
         }
         let mut context = std::ptr::null_mut();
-        // "Retains the primary context on the device. […] the caller must call cuDevicePrimaryCtxRelease when done":
-        // never, as the module says.
+        // "the primary context will be active and available to the user until the user releases it": which this never
+        // does, as the module says.
         // SAFETY: `context` is writable.
         unsafe { call!(self.api, cuDevicePrimaryCtxRetain(&raw mut context, device.handle)) }?;
         device.context.get_or_init(|| context as usize);
@@ -257,7 +269,8 @@ struct ContextGuard<'a> {
 impl Drop for ContextGuard<'_> {
     fn drop(&mut self) {
         let Some(previous) = self.restore else { return };
-        // "If ctx is NULL then whatever CUDA context was current is unbound": a thread that had none has none again.
+        // "If ctx is NULL then this will be equivalent to popping the top of the calling CPU thread's CUDA context
+        // stack": a thread that had none has none again.
         // SAFETY: the context that was current when the guard was made, or NULL.
         if let Err(error) = unsafe { call!(self.api, cuCtxSetCurrent(previous)) } {
             // The call that the guard stood around has done its work: to fail it now would be a lie. This happens
@@ -339,8 +352,9 @@ impl Driver for CudaDriver {
             return Err(invalid_value("cuMemFree", "address 0 is no allocation".to_owned()));
         }
         let _context = self.enter(device, "cuMemFree")?;
-        // "Frees the memory space pointed to by dptr, which must have been returned by a previous call to […]
-        // cuMemAlloc(), […] cuMemAllocManaged()": CUDA checks it, and answers CUDA_ERROR_INVALID_VALUE.
+        // "Frees the memory space pointed to by dptr, which must have been returned by a previous call to one of the
+        // following memory allocation APIs - cuMemAlloc() […] cuMemAllocManaged()": CUDA checks it, and answers
+        // CUDA_ERROR_INVALID_VALUE.
         // SAFETY: no pointers; whoever still used the memory is the caller's affair (trait Driver).
         unsafe { call!(self.api, cuMemFree(ptr.0)) }
     }
@@ -354,7 +368,7 @@ impl Driver for CudaDriver {
             Advice::SetReadMostly => (CUmem_advise::CU_MEM_ADVISE_SET_READ_MOSTLY, None),
             Advice::UnsetReadMostly => (CUmem_advise::CU_MEM_ADVISE_UNSET_READ_MOSTLY, None),
         };
-        // "The location argument is ignored for this advice", for each kind without one: any valid one will do.
+        // "The location argument is ignored for this advice", says the manual of each kind without one.
         let location = location.unwrap_or(Location::Device(device));
         let _context = self.enter(device, "cuMemAdvise")?;
         let (ptr, bytes) = (range.ptr.0, range.bytes as usize);
@@ -455,7 +469,7 @@ impl Driver for CudaDriver {
     fn event_query(&self, device: DeviceIndex, event: Event) -> Result<bool> {
         let _context = self.enter(device, "cuEventQuery")?;
         // "Returns CUDA_SUCCESS if all captured work has been completed, or CUDA_ERROR_NOT_READY if any captured work
-        // is incomplete. […] If cuEventRecord() has not been called on hEvent then the event is considered complete"
+        // is incomplete." "Before the first call to cuEventRecord(), an event represents an empty set of work".
         // SAFETY: a live event (trait Driver).
         match unsafe { (self.api.cuEventQuery)(cu_event(event)) } {
             code if code == CUresult::CUDA_ERROR_NOT_READY as c_uint => Ok(false),

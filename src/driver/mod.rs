@@ -121,7 +121,8 @@ pub struct DeviceInfo {
 /// Bytes of device memory as the driver counts them (`cuMemGetInfo`), all processes together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Free bytes. Does not rise when managed pages leave the device (the driver keeps their chunks).
+    /// Free bytes. Falls in steps of 128 MiB as managed memory is populated (the driver takes its chunks in batches),
+    /// and does not rise when managed pages leave the device (it keeps them).
     pub free: u64,
     /// All bytes.
     pub total: u64,
@@ -183,18 +184,28 @@ pub type Result<T> = std::result::Result<T, DriverError>;
 /// - Any thread may call any method at any time. An implementation makes the primary context of `device`
 ///   current where CUDA needs one and restores the caller's current context before it returns.
 /// - The device ordinal comes first; one that does not exist is [`ErrorKind::InvalidValue`].
-/// - A method that fails has changed nothing that the caller must undo.
+/// - Streams and events must be live: CUDA does not check its own handles. Memory it does check.
+/// - A method that fails has changed nothing that the caller must undo, but that an illegal call invalidates the
+///   capture it would have spoilt.
 /// - No method takes a lock that another method holds while it waits for the GPU.
-/// - Capture: each method says whether it is legal while a stream captures. "Relaxed" means: legal between
-///   [`Driver::exchange_capture_mode`]`(Relaxed)` and the exchange back, on the thread that made it.
+///
+/// # Capture
+///
+/// Each method says whether it is legal while a stream captures (measured, docs/driver-contract.md):
+///
+/// - "Always": also plainly, in a capture of any mode.
+/// - "Relaxed": between [`Driver::exchange_capture_mode`]`(Relaxed)` and the exchange back, on the thread that made
+///   it; also where the capture itself is relaxed, and on other threads than that of a thread-local capture. Elsewhere
+///   it is [`ErrorKind::StreamCapture`] and invalidates the capture. A capture in global mode concerns all threads.
+/// - "Never": the same error and the same damage in every mode and on every thread.
 pub trait Driver: Send + Sync + 'static {
-    /// How many devices there are.
+    /// How many devices there are; 0 on a machine with a driver and no GPU. While capturing: always.
     fn device_count(&self) -> Result<DeviceIndex>;
 
-    /// The constant facts of a device. Legal while capturing.
+    /// The constant facts of a device. While capturing: always.
     fn device_info(&self, device: DeviceIndex) -> Result<DeviceInfo>;
 
-    /// Free and total device memory. Legal while capturing.
+    /// Free and total device memory. While capturing: always.
     fn device_memory(&self, device: DeviceIndex) -> Result<DeviceMemory>;
 
     /// Host memory that is left. Reads `/proc` and the cgroup: tens of microseconds, never on the hot path.
@@ -202,62 +213,67 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Reserves `bytes` (> 0) of managed address space, attached globally, in the context of `device`
     /// (`cuMemAllocManaged`). Holds no physical memory until populated; the address is at least 512-byte
-    /// aligned, and 2 MiB aligned where `bytes` is at least 2 MiB. While capturing: relaxed only.
+    /// aligned, and 2 MiB aligned where `bytes` is at least 2 MiB. Does not wait. While capturing: relaxed.
     fn alloc_managed(&self, device: DeviceIndex, bytes: u64) -> Result<DevicePtr>;
 
     /// Allocates `bytes` (> 0) of plain device memory (`cuMemAlloc`), with the alignments of
-    /// [`Driver::alloc_managed`]. While capturing: relaxed only.
+    /// [`Driver::alloc_managed`]. Does not wait. While capturing: relaxed.
     fn alloc_device(&self, device: DeviceIndex, bytes: u64) -> Result<DevicePtr>;
 
     /// Frees what `alloc_managed` or `alloc_device` gave (`cuMemFree`): the address must be the first byte
-    /// of a live allocation. Waits for the device's work. Not legal while capturing, except relaxed.
+    /// of a live allocation. Waits for all work on the device, whatever the stream, also for memory that was never
+    /// populated. While capturing: relaxed.
     fn free(&self, device: DeviceIndex, ptr: DevicePtr) -> Result<()>;
 
     /// Gives advice on a managed range (`cuMemAdvise`). Acts on whole pages, at once and on the host's
-    /// time. While capturing: relaxed only.
+    /// time; does not wait for the device. A NUMA node can be preferred, not "accessed by". While capturing: relaxed.
     fn advise(&self, device: DeviceIndex, range: Range, advice: Advice) -> Result<()>;
 
     /// Moves or populates a managed range (`cuMemPrefetchAsync`), ordered on `stream`. Needs
     /// `concurrent_managed_access`. Success says nothing about capacity: other managed pages may be evicted.
-    /// While capturing: relaxed only, and never on a stream that captures.
+    /// While capturing: always on a stream that does not capture, never on one that does.
     fn prefetch(&self, device: DeviceIndex, range: Range, to: Location, stream: Stream) -> Result<()>;
 
-    /// Makes a non-blocking stream on `device`. While capturing: legal in relaxed mode.
+    /// Makes a non-blocking stream on `device`. While capturing: always.
     fn stream_create(&self, device: DeviceIndex) -> Result<Stream>;
 
-    /// Destroys a stream made by `stream_create`; work already queued still completes.
+    /// Destroys a stream made by `stream_create`, which must not capture; work already queued still completes.
+    /// While another stream captures: always.
     fn stream_destroy(&self, device: DeviceIndex, stream: Stream) -> Result<()>;
 
-    /// Waits for all work on the stream. While capturing: relaxed only, and never on a stream that captures.
+    /// Waits for all work on the stream. While capturing: relaxed on a stream that does not capture, never on one
+    /// that does.
     fn stream_synchronize(&self, device: DeviceIndex, stream: Stream) -> Result<()>;
 
-    /// Whether the stream captures at present. An invalidated capture counts as one. Legal while capturing.
+    /// Whether the stream captures at present. An invalidated capture counts as one. While capturing: always; but the
+    /// legacy default stream gives [`ErrorKind::StreamCapture`] while a *blocking* stream captures (PyTorch's are not).
     fn stream_is_capturing(&self, device: DeviceIndex, stream: Stream) -> Result<bool>;
 
-    /// Waits for all work on the device. Not legal while capturing.
+    /// Waits for all work on the device. While capturing: never.
     fn device_synchronize(&self, device: DeviceIndex) -> Result<()>;
 
-    /// Makes an event without timing. Legal while capturing.
+    /// Makes an event without timing. While capturing: always.
     fn event_create(&self, device: DeviceIndex) -> Result<Event>;
 
     /// Records the event on a stream of the same device. On a capturing stream it becomes part of the graph,
-    /// and may then not be queried.
+    /// and may then not be queried. While capturing: always.
     fn event_record(&self, device: DeviceIndex, event: Event, stream: Stream) -> Result<()>;
 
     /// Whether everything before the last record has completed. An event never recorded has completed.
-    /// Not legal while capturing, except relaxed, for events that are not part of a capture.
+    /// While capturing: relaxed; never for an event last recorded in a capture.
     fn event_query(&self, device: DeviceIndex, event: Event) -> Result<bool>;
 
-    /// Waits until `event_query` would answer true. Not legal while capturing, as `event_query`.
+    /// Waits until `event_query` would answer true. While capturing: as `event_query`.
     fn event_synchronize(&self, device: DeviceIndex, event: Event) -> Result<()>;
 
-    /// Destroys an event; one that is still pending is released when it completes.
+    /// Destroys an event; one that is still pending is released when it completes. While capturing: always.
     fn event_destroy(&self, device: DeviceIndex, event: Event) -> Result<()>;
 
-    /// Swaps the calling thread's capture mode and returns the one before.
+    /// Swaps the calling thread's capture mode and returns the one before; a thread begins as global.
     fn exchange_capture_mode(&self, mode: CaptureMode) -> Result<CaptureMode>;
 
-    /// A handle by which another process opens an allocation of `alloc_device`; `ptr` is its first byte.
-    /// Managed memory is [`ErrorKind::InvalidValue`] (CUDA gives none).
+    /// A handle by which another process opens an allocation of `alloc_device`. CUDA asks for its first byte; from
+    /// another the handle is that of the whole allocation all the same. Managed memory is
+    /// [`ErrorKind::InvalidValue`] (CUDA gives none). While capturing: always.
     fn ipc_handle(&self, device: DeviceIndex, ptr: DevicePtr) -> Result<IpcHandle>;
 }

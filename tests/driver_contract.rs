@@ -1,0 +1,66 @@
+//! The executable form of what `src/driver/mod.rs` promises: the same tests on every kind of simulated device and on
+//! a real GPU.
+//!
+//! `cargo test --test driver_contract` runs the simulated ones. With `TORCH_UVM_CONTRACT=cuda` the tests of the
+//! module `cuda` run on the first GPU as well, and those of `cuda_12_0` too, with the forms of calls that drivers
+//! before CUDA 12.2 have; docs/driver-contract.md says what they found.
+
+mod contract;
+
+/// Makes a test of each contract function, with a machine of `$machine` (an `Option`: none is a test not run).
+macro_rules! contract {
+    ($($module:ident: $machine:expr;)*) => {
+        $(contract! { @module $module, $machine,
+            capture: [
+                every_call_in_every_situation
+                the_capture_mode_belongs_to_a_thread
+                a_segment_grows_inside_a_capture
+                an_invalidated_capture_is_told_at_its_end
+                an_invalidated_capture_can_be_ended_and_repeated
+            ]
+            memory: [
+                allocations_are_aligned
+                allocations_are_disjoint
+                managed_memory_holds_nothing_until_populated
+                a_range_grows_in_steps
+                bytes_survive_moves
+                every_advice_can_be_given_and_taken_back
+                host_memory_is_told
+                devices_are_described
+                bad_arguments_are_told
+                absurd_managed_sizes_are_refused
+            ]
+            order: [
+                an_event_never_recorded_is_complete
+                an_event_waits_for_what_was_queued_before_it
+                recording_again_replaces_the_record
+                a_pending_event_can_be_destroyed
+                a_busy_stream_can_be_destroyed
+                synchronising_waits
+                freeing_waits_for_the_device
+                other_calls_do_not_wait
+                a_prefetch_is_ordered_on_its_stream
+                streams_are_independent
+                threads_keep_their_context
+                frequent_calls_take_microseconds
+            ]
+        })*
+    };
+    (@module $module:ident, $machine:expr, $($area:ident: [$($test:ident)*])*) => {
+        mod $module {
+            $($(
+                #[test]
+                fn $test() {
+                    if let Some(machine) = $machine {
+                        crate::contract::$area::$test(&machine);
+                    }
+                }
+            )*)*
+        }
+    };
+}
+
+contract! {
+    cuda: crate::contract::real::RealMachine::if_wanted(i32::MAX);
+    cuda_12_0: crate::contract::real::RealMachine::if_wanted(12000);
+}
