@@ -1,0 +1,122 @@
+"""Tests whose body runs in a process of its own on the simulated device.
+
+    @on_device(devices=2)
+    def test_something() -> None:
+        import torch
+        ...
+
+pytest itself never touches CUDA. A decorated test is run in a fork of a nursery (nursery.py) that has loaded PyTorch
+with the test's allocator configuration; it fails if it raises, crashes, hangs, or does not end with status 0. The
+body may take parameters (`pytest.mark.parametrize`) of types that JSON knows, and `conf` may name them in braces.
+
+`--backend native` runs the tests with PyTorch's own allocator, without those that are about `uvm_…` options
+(`uvm_only=True`): that is how the tests themselves are tested.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import simulated
+from nursery import Client, in_fork, serve
+
+HERE = Path(__file__).resolve().parent
+#: Each holds a few hundred megabytes.
+MOST_NURSERIES = 3
+
+backend = "uvm"
+_nurseries: OrderedDict[tuple[tuple[str, str], ...], Client] = OrderedDict()
+
+
+def for_backend(conf: str) -> str:
+    """A configuration without our keys, where `--backend native` asks for that."""
+    if backend == "uvm":
+        return conf
+    return ",".join(item for item in conf.split(",") if item and not item.startswith(("use_uvm", "uvm_")))
+
+
+def _nursery(variables: dict[str, str]) -> Client:
+    """The nursery with these variables, started if there is none; the one unused for longest makes room."""
+    key = tuple(sorted(variables.items()))
+    if key not in _nurseries:
+        while len(_nurseries) >= MOST_NURSERIES:
+            _nurseries.popitem(last=False)[1].close()
+        conf = variables.get("PYTORCH_CUDA_ALLOC_CONF", "no configuration")
+        _nurseries[key] = Client(f"the tests with {conf}", [sys.executable, str(Path(__file__).resolve())], variables)
+    _nurseries.move_to_end(key)
+    return _nurseries[key]
+
+
+def close_nurseries() -> None:
+    """Ends all nurseries."""
+    while _nurseries:
+        _nurseries.popitem()[1].close()
+
+
+def on_device(
+    conf: str = simulated.UVM, *, timeout: float = 60, uvm_only: bool = False, **machine: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a test run on a simulated device. `machine` is what `simulated.environment` takes."""
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(body)
+        def test(**arguments: Any) -> None:
+            import pytest
+
+            if uvm_only and backend != "uvm":
+                pytest.skip("about the uvm allocator only")
+            chosen = for_backend(conf.format(**arguments) if arguments else conf)
+            variables = simulated.environment(chosen, require=True, **machine)
+            request = {
+                "file": body.__code__.co_filename,
+                "test": body.__qualname__,
+                "arguments": arguments,
+                "timeout": timeout,
+                "backend": "native" if "use_uvm:True" not in chosen else "uvm",
+            }
+            ended = _nursery(variables).ask(request)
+            if ended["status"] != 0:
+                pytest.fail(f"{ended['ending']}\n{ended['output']}", pytrace=False)
+
+        test.body = body  # type: ignore[attr-defined]
+        return test
+
+    return decorate
+
+
+def _carry_out(request: dict[str, Any]) -> None:
+    """In the fork: loads the test's file and runs its body."""
+    import torch
+
+    found = torch.cuda.get_allocator_backend()
+    if found != request["backend"]:
+        raise RuntimeError(
+            f"the allocator backend is {found!r}, not {request['backend']!r}: is this the patched wheel?"
+        )
+    specification = importlib.util.spec_from_file_location("test_file", request["file"])
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    getattr(module, request["test"]).body(**request["arguments"])
+
+
+def _main() -> None:
+    """The nursery."""
+    import pytest  # noqa: F401  (the test files import it)
+    import torch  # noqa: F401
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        ended = in_fork(lambda: _carry_out(request), request["timeout"])
+        return {"status": ended.status, "ending": ended.ending, "output": ended.output}
+
+    serve(answer)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,234 @@
+"""torch.cuda.MemPool, with and without an allocator of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import simulated
+import torch
+from contents import MIB, block, check, filled, same
+from on_device import on_device
+
+OWN_ALLOCATOR = r"""
+#include <cstddef>
+#include <cstdio>
+// Declared by hand: the test machine needs no CUDA headers.
+extern "C" int cudaMalloc(void**, std::size_t);
+extern "C" int cudaFree(void*);
+extern "C" {
+int allocations = 0;
+int frees = 0;
+std::size_t largest = 0;
+void* pool_alloc(std::size_t size, int, void*) {
+  void* pointer = nullptr;
+  if (cudaMalloc(&pointer, size) != 0) return nullptr;
+  ++allocations;
+  if (size > largest) largest = size;
+  return pointer;
+}
+void pool_free(void* pointer, std::size_t, int, void*) {
+  ++frees;
+  cudaFree(pointer);
+}
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def own_allocator(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A library with an allocation and a free function over cudaMalloc, which count their calls."""
+    directory = tmp_path_factory.mktemp("own_allocator")
+    source, library = directory / "own.cpp", directory / "libown.so"
+    source.write_text(OWN_ALLOCATOR)
+    runtime = Path(str(simulated.library_directory())) / "libcudart.so.12"
+    command = [os.environ.get("CXX", "g++"), "-shared", "-fPIC", "-o", str(library), str(source), str(runtime)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return str(library)
+
+
+def pool_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """The id of the pool that a tensor's segment belongs to."""
+    for segment in torch.cuda.memory_snapshot():
+        if segment["address"] <= tensor.data_ptr() < segment["address"] + segment["total_size"]:
+            return tuple(segment["segment_pool_id"])
+    raise AssertionError("the tensor lies in no segment")
+
+
+@on_device()
+def test_tensors_go_to_the_pool() -> None:
+    """Inside `use_mem_pool`, and only there; contents stay apart."""
+    pool = torch.cuda.MemPool()
+    before = filled(1, 3 * MIB)
+    with torch.cuda.use_mem_pool(pool):
+        inside = filled(2, 3 * MIB)
+    after = filled(3, 3 * MIB)
+    same(pool_of(inside), tuple(pool.id))
+    same(pool_of(before), (0, 0))
+    same(pool_of(after), (0, 0))
+    for seed, tensor in enumerate((before, inside, after), 1):
+        check(tensor, seed)
+
+
+@on_device()
+def test_the_pool_does_not_lend_its_blocks() -> None:
+    """A block freed in the pool waits for the pool's next request."""
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        tensor = block(3 * MIB)
+    address = tensor.data_ptr()
+    del tensor
+    assert block(3 * MIB).data_ptr() != address, "the default pool got the pool's block"
+    with torch.cuda.use_mem_pool(pool):
+        same(block(3 * MIB).data_ptr(), address, "the pool's next tensor")
+
+
+@on_device()
+def test_two_pools_are_apart() -> None:
+    """Each has its own id, segments and blocks."""
+    pools = [torch.cuda.MemPool() for _ in range(3)]
+    tensors = []
+    for seed, pool in enumerate(pools):
+        with torch.cuda.use_mem_pool(pool):
+            tensors.append(filled(seed, 2 * MIB))
+    same(len({tuple(pool.id) for pool in pools}), 3)
+    for seed, (pool, tensor) in enumerate(zip(pools, tensors)):
+        same(pool_of(tensor), tuple(pool.id))
+        check(tensor, seed)
+
+
+@on_device()
+def test_use_counts() -> None:
+    """The MemPool object holds one reference, `use_mem_pool` another."""
+    pool = torch.cuda.MemPool()
+    same(pool.use_count(), 1)
+    with torch.cuda.use_mem_pool(pool):
+        tensor = block(MIB)
+        same(pool.use_count(), 2)
+    same(pool.use_count(), 1)
+    del tensor
+
+
+@on_device()
+def test_a_deleted_pool_gives_its_memory_back() -> None:
+    """The pool's end empties it."""
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        tensor = block(30 * MIB)
+    assert torch.cuda.memory_reserved() >= 30 * MIB
+    del tensor
+    del pool
+    torch.cuda.empty_cache()
+    same(torch.cuda.memory_reserved(), 0)
+
+
+@on_device()
+def test_a_tensor_outlives_its_pool() -> None:
+    """The tensor's memory stays until the tensor is gone."""
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        tensor = filled(5, 3 * MIB)
+    del pool
+    torch.cuda.empty_cache()
+    others = [filled(seed, 3 * MIB) for seed in range(10, 20)]
+    check(tensor, 5)
+    for seed, other in enumerate(others, 10):
+        check(other, seed)
+    del tensor, others, other
+    torch.cuda.empty_cache()
+    same(torch.cuda.memory_reserved(), 0)
+
+
+@on_device()
+def test_a_graph_can_use_a_pools_memory() -> None:
+    """A capture into a MemPool's pool."""
+    pool = torch.cuda.MemPool()
+    given = filled(0, 2 * MIB)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool.id):
+        result = torch.empty_like(given)
+        result.copy_(given)
+    same(pool_of(result), tuple(pool.id))
+    graph.replay()
+    check(result, 0)
+
+
+@on_device()
+def test_the_pools_snapshot() -> None:
+    """`MemPool.snapshot()` shows the pool's segments and no others."""
+    pool = torch.cuda.MemPool()
+    other = block(3 * MIB)
+    with torch.cuda.use_mem_pool(pool):
+        tensor = block(5 * MIB)
+    found = pool.snapshot()
+    same({tuple(segment["segment_pool_id"]) for segment in found}, {tuple(pool.id)})
+    same(sum(segment["allocated_size"] for segment in found), 5 * MIB)
+    del tensor, other
+
+
+@on_device()
+def test_an_allocator_of_its_own(own_allocator: str) -> None:
+    """The pool's segments come from the given functions, and go back to them."""
+    library = ctypes.CDLL(own_allocator)
+    allocations, frees = (ctypes.c_int.in_dll(library, name) for name in ("allocations", "frees"))
+    allocator = torch.cuda.memory.CUDAPluggableAllocator(own_allocator, "pool_alloc", "pool_free")
+    pool = torch.cuda.MemPool(allocator.allocator())
+    same(pool.allocator, allocator.allocator())
+    outside = filled(1, 3 * MIB)
+    same(allocations.value, 0, "calls for ordinary tensors")
+    with torch.cuda.use_mem_pool(pool):
+        first = filled(2, 3 * MIB)
+        same(allocations.value, 1)
+        second = filled(3, 3 * MIB)
+        small = [filled(seed, 100_000) for seed in range(10, 15)]
+    same(pool_of(first), tuple(pool.id))
+    for seed, tensor in enumerate((outside, first, second), 1):
+        check(tensor, seed)
+    for seed, tensor in enumerate(small, 10):
+        check(tensor, seed)
+    del first, second, small, tensor
+    del pool
+    torch.cuda.empty_cache()
+    same(frees.value, allocations.value, "segments given back")
+    assert allocations.value > 1
+    check(outside, 1)
+
+
+@on_device()
+def test_when_its_allocator_has_no_memory(own_allocator: str) -> None:
+    """The pool's functions give device memory: more than there is of it is OutOfMemoryError, and the pool goes on."""
+    allocator = torch.cuda.memory.CUDAPluggableAllocator(own_allocator, "pool_alloc", "pool_free")
+    pool = torch.cuda.MemPool(allocator.allocator())
+    with torch.cuda.use_mem_pool(pool):
+        try:
+            block(3000 * MIB)
+        except torch.cuda.OutOfMemoryError as error:
+            assert "out of memory" in str(error), error
+        else:
+            raise AssertionError("3000 MiB of device memory on a device of 2 GiB")
+        tensor = filled(1, 3 * MIB)
+    check(tensor, 1)
+
+
+@on_device()
+def test_statistics_with_pools() -> None:
+    """The books balance with pools too."""
+    from test_statistics import check_agreement
+
+    pools = [torch.cuda.MemPool() for _ in range(2)]
+    tensors = []
+    for pool in pools:
+        with torch.cuda.use_mem_pool(pool):
+            tensors += [block(size) for size in (1000, MIB, 5 * MIB)]
+    check_agreement("with tensors in pools")
+    del tensors[::2]
+    check_agreement("with some freed")
+    tensors.clear()
+    pools.clear()
+    del pool
+    torch.cuda.empty_cache()
+    check_agreement("at the end")
+    same(torch.cuda.memory_reserved(), 0)
