@@ -7,12 +7,21 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 #![warn(missing_docs)]
 
+mod capture;
 pub mod driver;
 pub mod error;
+mod event;
 pub mod fault;
 pub mod machine;
+mod machine_streams;
+mod managed;
+mod memory;
+mod physical;
 pub mod profile;
+mod state;
+mod stream;
 pub mod types;
+mod work;
 
 pub use driver::SimDriver;
 pub use error::{Code, SimError, SimResult};

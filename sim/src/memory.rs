@@ -1,0 +1,271 @@
+//! Address space: reserved, not committed, and the bytes in it.
+//!
+//! A [`Zone`] hands out ranges of memory mapped without access; a live allocation is made readable and writable, a freed one
+//! gives its physical memory back and loses access again, so that host code that uses it late dies at once. Nothing
+//! here touches a page by itself: physical memory is what the program writes.
+
+use crate::error::{Code, Step, fail};
+use std::collections::BTreeMap;
+
+/// The host's page.
+pub(crate) const PAGE: u64 = 4096;
+
+/// A zero fill of at least this size gives the pages back instead of writing zeros.
+const DROP_PAGES_FROM: u64 = 64 << 10;
+
+/// Rounds up to a multiple of `to`, a power of two; `None` beyond 2^64.
+pub(crate) fn round_up(bytes: u64, to: u64) -> Option<u64> {
+    Some(bytes.checked_add(to - 1)? & !(to - 1))
+}
+
+/// Ranges of address space of one alignment.
+pub(crate) struct Zone {
+    align: u64,
+    chunk_bytes: u64,
+    chunks: Vec<(u64, u64)>,
+    free: BTreeMap<u64, u64>,
+    /// The search goes on where the last one ended, so that freed addresses come back as late as possible.
+    cursor: u64,
+}
+
+impl Zone {
+    /// A zone of ranges aligned to `align` (a power of two, at least a page), which takes address space `chunk_bytes` at a time.
+    pub fn new(align: u64, chunk_bytes: u64) -> Zone {
+        Zone { align, chunk_bytes, chunks: Vec::new(), free: BTreeMap::new(), cursor: 0 }
+    }
+
+    /// How many bytes an allocation of `bytes` takes.
+    pub fn rounded(&self, bytes: u64) -> Step<u64> {
+        round_up(bytes, self.align)
+            .filter(|&rounded| rounded < 1 << 46)
+            .ok_or_else(|| fail(Code::OUT_OF_MEMORY, format!("{bytes} bytes are more than the address space")))
+    }
+
+    /// Takes a range of readable, writable, zeroed memory. `bytes` is a multiple of the alignment.
+    pub fn take(&mut self, bytes: u64) -> Step<u64> {
+        let start = match self.find(bytes) {
+            Some(start) => start,
+            None => {
+                self.grow(bytes)?;
+                self.find(bytes).ok_or_else(|| fail(Code::OUT_OF_MEMORY, "no address space is left"))?
+            }
+        };
+        protect(start, bytes, libc::PROT_READ | libc::PROT_WRITE)?;
+        let Some((block, len)) = self.free.range(..=start).next_back().map(|(&block, &len)| (block, len)) else {
+            return Err(fail(Code::UNKNOWN, "the address space's free list is broken"));
+        };
+        debug_assert!(block == start && len >= bytes);
+        self.free.remove(&block);
+        if len > bytes {
+            self.free.insert(start + bytes, len - bytes);
+        }
+        self.cursor = start + bytes;
+        Ok(start)
+    }
+
+    /// Gives a range back: its contents are gone and its pages without access.
+    pub fn give(&mut self, start: u64, bytes: u64) {
+        drop_pages(start, bytes);
+        // Failing to take access away only makes a late use harder to see.
+        let _ = protect(start, bytes, libc::PROT_NONE);
+        let (mut start, mut bytes) = (start, bytes);
+        // The block at the cursor stays apart: joined to it, this range would be the next to be handed out.
+        if start + bytes != self.cursor
+            && let Some(right) = self.free.remove(&(start + bytes))
+        {
+            bytes += right;
+        }
+        if start != self.cursor
+            && let Some((&left, &len)) = self.free.range(..start).next_back()
+            && left + len == start
+            && left != self.cursor
+        {
+            self.free.remove(&left);
+            start = left;
+            bytes += len;
+        }
+        self.free.insert(start, bytes);
+    }
+
+    fn find(&mut self, bytes: u64) -> Option<u64> {
+        if let Some((&start, _)) = self.free.range(self.cursor..).find(|(_, len)| **len >= bytes) {
+            return Some(start);
+        }
+        self.join_all();
+        self.free.iter().find(|(_, len)| **len >= bytes).map(|(&start, _)| start)
+    }
+
+    /// Joins all neighbours, those at the cursor included. Chunks stay apart unless the kernel put them side by side.
+    fn join_all(&mut self) {
+        let mut joined: BTreeMap<u64, u64> = BTreeMap::new();
+        for (&start, &len) in &self.free {
+            match joined.last_entry() {
+                Some(mut last) if last.key() + last.get() == start => *last.get_mut() += len,
+                _ => {
+                    joined.insert(start, len);
+                }
+            }
+        }
+        self.free = joined;
+    }
+
+    fn grow(&mut self, bytes: u64) -> Step<()> {
+        let wanted = bytes.max(self.chunk_bytes) + self.align;
+        let (base, len) = [wanted, bytes + self.align]
+            .into_iter()
+            .find_map(|len| map_reserved(len).map(|base| (base, len)))
+            .ok_or_else(|| fail(Code::OUT_OF_MEMORY, format!("no address space for {bytes} bytes")))?;
+        self.chunks.push((base, len));
+        let start = (base + self.align - 1) & !(self.align - 1);
+        let usable = (base + len - start) & !(self.align - 1);
+        self.free.insert(start, usable);
+        Ok(())
+    }
+
+    /// Whether an address lies in this zone, live or not.
+    pub fn contains(&self, address: u64) -> bool {
+        self.chunks.iter().any(|&(base, len)| (base..base + len).contains(&address))
+    }
+}
+
+impl Drop for Zone {
+    fn drop(&mut self) {
+        for &(base, len) in &self.chunks {
+            // SAFETY: the range was mapped by `grow` and is unmapped once; the machine is gone, and with it every promise
+            // about its pointers.
+            unsafe { libc::munmap(base as *mut libc::c_void, len as usize) };
+        }
+    }
+}
+
+fn map_reserved(len: u64) -> Option<u64> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a fresh anonymous mapping at an address the kernel chooses touches nothing that exists.
+    let base = unsafe { libc::mmap(std::ptr::null_mut(), len as usize, libc::PROT_NONE, flags, -1, 0) };
+    if base == libc::MAP_FAILED {
+        return None;
+    }
+    // SAFETY: the range was just mapped. Huge pages would turn one written byte into 2 MiB of real memory.
+    unsafe { libc::madvise(base, len as usize, libc::MADV_NOHUGEPAGE) };
+    Some(base as u64)
+}
+
+fn protect(start: u64, bytes: u64, access: i32) -> Step<()> {
+    // SAFETY: callers pass whole pages of a zone's own mapping.
+    let result = unsafe { libc::mprotect(start as *mut libc::c_void, bytes as usize, access) };
+    if result == 0 {
+        return Ok(());
+    }
+    let why = std::io::Error::last_os_error();
+    Err(fail(Code::OUT_OF_MEMORY, format!("the host refused {bytes} bytes of address space: {why}")))
+}
+
+/// Gives the physical pages of whole pages of a zone back: they read as zeros afterwards.
+pub(crate) fn drop_pages(start: u64, bytes: u64) {
+    // SAFETY: callers pass whole pages of a zone's own private anonymous mapping, whose contents they mean to lose.
+    unsafe { libc::madvise(start as *mut libc::c_void, bytes as usize, libc::MADV_DONTNEED) };
+}
+
+/// Copies bytes; the ranges may overlap.
+///
+/// # Safety
+/// Both ranges are mapped, the source readable and the destination writable.
+pub(crate) unsafe fn copy(dst: u64, src: u64, bytes: u64) {
+    // SAFETY: by this function's own contract.
+    unsafe { std::ptr::copy(src as *const u8, dst as *mut u8, bytes as usize) };
+}
+
+/// Writes `count` elements of `width` bytes (1, 2 or 4). `own` says that the range lies in a zone, so that zeros may be made
+/// by giving pages back.
+///
+/// # Safety
+/// The range is mapped and writable.
+pub(crate) unsafe fn fill(dst: u64, value: u32, width: u8, count: u64, own: bool) {
+    let bytes = count * u64::from(width);
+    let [low, second, ..] = value.to_ne_bytes();
+    let uniform = match width {
+        1 => true,
+        2 => low == second,
+        _ => value.to_ne_bytes().iter().all(|&byte| byte == low),
+    };
+    if uniform && low == 0 && own && bytes >= DROP_PAGES_FROM {
+        let first = (dst + PAGE - 1) & !(PAGE - 1);
+        let last = (dst + bytes) & !(PAGE - 1);
+        // SAFETY: the head and the tail lie inside the range.
+        unsafe {
+            std::ptr::write_bytes(dst as *mut u8, 0, (first - dst) as usize);
+            std::ptr::write_bytes(last as *mut u8, 0, (dst + bytes - last) as usize);
+        }
+        drop_pages(first, last - first);
+        return;
+    }
+    if uniform {
+        // SAFETY: by this function's own contract.
+        unsafe { std::ptr::write_bytes(dst as *mut u8, low, bytes as usize) };
+        return;
+    }
+    for i in 0..count {
+        let at = dst + i * u64::from(width);
+        // SAFETY: element `i` lies inside the range; unaligned writes ask nothing of the address.
+        unsafe {
+            match width {
+                2 => std::ptr::write_unaligned(at as *mut u16, value as u16),
+                _ => std::ptr::write_unaligned(at as *mut u32, value),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn freed_addresses_come_back_late_and_empty() {
+        let mut zone = Zone::new(1 << 21, 64 << 21);
+        let first = zone.take(1 << 21).unwrap();
+        assert_eq!(first % (1 << 21), 0);
+        // SAFETY: a live range of the zone.
+        unsafe { fill(first, 7, 1, 1 << 21, true) };
+        zone.give(first, 1 << 21);
+        let mut seen = 0;
+        for _ in 0..64 {
+            let next = zone.take(1 << 21).unwrap();
+            seen += 1;
+            if next == first {
+                // SAFETY: a live range of the zone.
+                assert_eq!(unsafe { *(next as *const u8) }, 0);
+                break;
+            }
+            zone.give(next, 1 << 21);
+        }
+        assert!(seen > 32, "came back after {seen}");
+    }
+
+    #[test]
+    fn a_big_reservation_costs_nothing() {
+        let mut zone = Zone::new(1 << 21, 1 << 36);
+        let a = zone.take(576 << 30).unwrap();
+        // SAFETY: the last byte of a live range.
+        unsafe { fill(a + (576 << 30) - 1, 1, 1, 1, true) };
+        zone.give(a, 576 << 30);
+        assert!(zone.rounded(u64::MAX).is_err() && zone.rounded(1 << 63).is_err());
+    }
+
+    #[test]
+    fn patterns() {
+        let mut zone = Zone::new(PAGE, 1 << 20);
+        let at = zone.take(1 << 18).unwrap();
+        // SAFETY: all inside a live range of the zone.
+        unsafe {
+            fill(at, 0x0102_0304, 4, 3, true);
+            assert_eq!(std::ptr::read_unaligned((at + 8) as *const u32), 0x0102_0304);
+            fill(at + 1, 0xABCD, 2, 5, true);
+            assert_eq!(std::ptr::read_unaligned((at + 9) as *const u16), 0xABCD);
+            fill(at, 0xFF, 1, 1 << 18, true);
+            fill(at + 3, 0, 1, (1 << 18) - 5, true);
+            assert_eq!([*((at + 2) as *const u8), *((at + 3) as *const u8)], [0xFF, 0]);
+            assert_eq!([*((at + (1 << 18) - 3) as *const u8), *((at + (1 << 18) - 2) as *const u8)], [0, 0xFF]);
+        }
+    }
+}
