@@ -1,5 +1,5 @@
-//! With the feature `bridge`: generates the C++ side of `src/bridge.rs` and compiles it with the C++ ABI and standard of the
-//! PyTorch that it will be linked into. Without: nothing.
+//! With the feature `bridge`: generates the C++ side of `src/bridge.rs` and compiles it with the C++ ABI and standard
+//! of the PyTorch that it will be linked into. Without: nothing.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -28,7 +28,8 @@ mod bridge {
         let abi = one_of(ABI, None, &["0", "1"]).map_err(|problem| {
             format!(
                 "{problem}: the libstdc++ ABI flag of the PyTorch that the bridge is for. `cargo xtask wheel` and \
-                 cmake/TorchUvm.cmake set it; by hand, ask `python -c 'import torch; print(int(torch._C._GLIBCXX_USE_CXX11_ABI))'`"
+                 cmake/TorchUvm.cmake set it; by hand, ask `python -c 'import torch; \
+                 print(int(torch._C._GLIBCXX_USE_CXX11_ABI))'`"
             )
         })?;
         let standard = one_of(STANDARD, Some("17"), &["17", "20"])?;

@@ -23,7 +23,8 @@ constexpr size_t kHeader = 2;
 cudaIpcMemHandle_t parse(const std::string& handle) {
   size_t start = 0;
   if (handle.size() != CUDA_IPC_HANDLE_SIZE) {
-    TORCH_CHECK(handle.size() > kHeader, "this is not a handle of shared CUDA memory: it has ", handle.size(), " bytes");
+    TORCH_CHECK(
+        handle.size() > kHeader, "this is not a handle of shared CUDA memory: it has ", handle.size(), " bytes");
     TORCH_CHECK(
         handle[0] <= kVersion,
         "this handle of shared CUDA memory comes from a newer PyTorch (format ",

@@ -1,8 +1,8 @@
 //! The bridge: the only door between C++ and Rust. It translates and decides nothing.
 //!
 //! How calls into Rust answer: `true` (or an address) is success; on `false` (or 0) the reason waits in
-//! [`take_failure`], on the same thread. Results go to a place that C++ passes. So the path of an allocation that succeeds
-//! builds no `Result`, string or C++ exception. No entry unwinds into C++: a panic becomes a failure of kind `Internal`.
+//! [`take_failure`], on the same thread. Results go to a place that C++ passes. So an allocation that succeeds builds
+//! no string and no C++ exception. No entry unwinds into C++: a panic becomes a failure of kind `Internal`.
 
 mod convert;
 mod failure;

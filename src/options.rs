@@ -2,8 +2,8 @@
 //! settings that we honour ([`NativeOptions`]).
 //!
 //! PyTorch's settings are `key:value` pairs separated by commas, spaces anywhere being ignored; one of its values
-//! (`roundup_power2_divisions:[256:1,512:2]`) has brackets with commas and colons inside. Our keys never do. PyTorch's own
-//! keys are PyTorch's to check: here they are only stepped over.
+//! (`roundup_power2_divisions:[256:1,512:2]`) has brackets with commas and colons inside. Our keys never do.
+//! PyTorch's own keys are PyTorch's to check: here they are only stepped over.
 
 use crate::error::{Error, Result};
 use std::fmt;
@@ -51,13 +51,13 @@ pub struct Options {
     pub prefetch: bool,
     /// `uvm_prefetch_threshold_mb` in bytes: allocations of at least this size are not prefetched. `None`: all are.
     pub prefetch_threshold: Option<u64>,
-    /// `uvm_device_limit_mb` in bytes: soft limit on what this process keeps on the GPU. `None`: the device's memory less a
-    /// headroom.
+    /// `uvm_device_limit_mb` in bytes: soft limit on what this process keeps on the GPU. `None`: the device's memory
+    /// less a headroom.
     pub device_limit: Option<u64>,
     /// `uvm_host_reserve_mb` in bytes: host memory left to everyone else. `None`: the larger of 2048 MiB and 5 %.
     pub host_reserve: Option<u64>,
-    /// `uvm_stage1_threshold`: when free device memory falls under this share (0 to 1), cached blocks are given back before
-    /// the pool grows.
+    /// `uvm_stage1_threshold`: when free device memory falls under this share (0 to 1), cached blocks are given back
+    /// before the pool grows.
     pub stage1_threshold: f64,
     /// `uvm_stage1_min_bytes`: the same, as a number of bytes. 0: off.
     pub stage1_min_bytes: u64,
@@ -137,14 +137,15 @@ impl Options {
         parsed.given = Self::KEYS.iter().zip(given).filter_map(|(key, given)| given.then_some(*key)).collect();
         if let (true, Some(backend)) = (parsed.options.enabled, &parsed.backend) {
             return Err(Error::InvalidArgument(format!(
-                "backend: '{backend}' is not allowed beside use_uvm:True, which chooses the backend 'uvm': leave one of them out"
+                "backend: '{backend}' is not allowed beside use_uvm:True, which chooses the backend 'uvm': leave one \
+                 of them out"
             )));
         }
         Ok(parsed)
     }
 
-    /// Whether a settings string asks for this allocator. Never fails, so that it can be asked while libraries load, where an
-    /// error would end the process: whatever else is wrong with the string is reported when it is parsed.
+    /// Whether a settings string asks for this allocator. Never fails, so that it can be asked while libraries load,
+    /// where an error would end the process: whatever else is wrong with the string is reported when it is parsed.
     pub fn wanted(conf: &str) -> Option<bool> {
         let conf = without_spaces(conf);
         items(&conf).filter_map(|item| item.strip_prefix("use_uvm:")).last().map(|value| value == "True")
@@ -202,7 +203,8 @@ impl fmt::Display for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "use_uvm:{},uvm_oversubscription_ratio:{},uvm_access_pattern:{},uvm_prefetch:{},uvm_prefetch_threshold_mb:{}",
+            "use_uvm:{},uvm_oversubscription_ratio:{},uvm_access_pattern:{},uvm_prefetch:{},\
+             uvm_prefetch_threshold_mb:{}",
             python_bool(self.enabled),
             self.oversubscription_ratio,
             self.access_pattern.name(),
@@ -437,8 +439,15 @@ mod tests {
         ) -> Options {
             let bytes = |mib: Option<u64>| mib.map(|mib| mib * MIB);
             Options {
-                enabled, oversubscription_ratio, access_pattern, prefetch, prefetch_threshold: bytes(prefetch_threshold),
-                device_limit: bytes(device_limit), host_reserve: bytes(host_reserve), stage1_threshold, stage1_min_bytes,
+                enabled,
+                oversubscription_ratio,
+                access_pattern,
+                prefetch,
+                prefetch_threshold: bytes(prefetch_threshold),
+                device_limit: bytes(device_limit),
+                host_reserve: bytes(host_reserve),
+                stage1_threshold,
+                stage1_min_bytes,
             }
         }
     }
@@ -451,7 +460,9 @@ mod tests {
         }
 
         #[test]
-        fn no_likely_string_panics(conf in "((use_uvm|uvm_[a-z_]{0,30}|backend|a):?(True|False|-?[0-9.e]{0,20}|\\[|\\])?[,: ]){0,8}") {
+        fn no_likely_string_panics(
+            conf in "((use_uvm|uvm_[a-z_]{0,30}|backend|a):?(True|False|-?[0-9.e]{0,20}|\\[|\\])?[,: ]){0,8}"
+        ) {
             let _ = Options::parse(&conf);
             let _ = Options::wanted(&conf);
         }

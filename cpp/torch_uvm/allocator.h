@@ -1,4 +1,4 @@
-// The allocator as PyTorch sees it: c10's CUDAAllocator, backed by the Rust allocator. No policy and no bookkeeping here.
+// The allocator as PyTorch sees it: c10's CUDAAllocator, backed by the Rust allocator. No policy and no bookkeeping.
 #pragma once
 
 #include <torch_uvm/history.h>

@@ -1,4 +1,5 @@
-// The C++ side of src/bridge.rs's `extern "C++"` block: the opaque types that cross, and what the allocator asks of PyTorch.
+// The C++ side of src/bridge.rs's `extern "C++"` block: the opaque types that cross, and what the allocator asks of
+// PyTorch.
 //
 // The Rust build compiles this header without PyTorch's or CUDA's headers: everything of theirs is only declared here.
 #pragma once

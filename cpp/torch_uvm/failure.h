@@ -7,8 +7,8 @@
 
 namespace torch_uvm {
 
-// Throws what the last failed bridge call of this thread left behind: OutOfMemoryError after its observers were told, else
-// c10::Error. Holds no lock.
+// Throws what the last failed bridge call of this thread left behind: OutOfMemoryError after its observers were told,
+// else c10::Error. Holds no lock.
 [[noreturn]] void throw_failure();
 
 // For bridge calls that answer whether they succeeded.

@@ -11,12 +11,12 @@
 
 namespace torch_uvm {
 
-// The handle by which another process opens this allocation, in `native`'s format, so that either allocator may be on either
-// side.
+// The handle by which another process opens this allocation, in `native`'s format, so that either allocator may be on
+// either side.
 c10cca::ShareableHandle share(void* ptr);
 
-// Memory of other processes that is open here. CUDA opens a handle once a process and context, and several storages may lie
-// in one, so each is opened once and closed when the last user is gone.
+// Memory of other processes that is open here. CUDA opens a handle once a process and context, and several storages may
+// lie in one, so each is opened once and closed when the last user is gone.
 class OpenedHandles {
  public:
   std::shared_ptr<void> open(const std::string& handle);

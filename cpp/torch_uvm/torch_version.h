@@ -1,7 +1,7 @@
 // Everything that differs between PyTorch versions, and nothing else. The rest of cpp/ is the same for all of them.
 //
-// The build says which version it is (TORCH_UVM_TORCH_VERSION, major * 100 + minor): c10 has no header that does in all of
-// them. A new version is added by extending the conditions here and, where CUDAAllocator gained or changed a method,
+// The build says which version it is (TORCH_UVM_TORCH_VERSION, major * 100 + minor): c10 has no header that does in all
+// of them. A new version is added by extending the conditions here and, where CUDAAllocator gained or changed a method,
 // AllocatorInterface below.
 #pragma once
 
@@ -13,7 +13,7 @@
 #include <utility>
 
 #ifndef TORCH_UVM_TORCH_VERSION
-#error "TORCH_UVM_TORCH_VERSION is not defined: cmake/TorchUvm.cmake and `cargo xtask wheel` define it, 206 for PyTorch 2.6"
+#error "TORCH_UVM_TORCH_VERSION is not defined: the build defines it, 206 for PyTorch 2.6 (cmake/TorchUvm.cmake)"
 #endif
 #if TORCH_UVM_TORCH_VERSION != 206
 #error "This PyTorch version is not supported: TORCH_UVM_TORCH_VERSION must be 206 (PyTorch 2.6)"
@@ -34,7 +34,7 @@ struct HistoryRequest {
   bool clear; // forget what was recorded before
 };
 
-// PyTorch's interface with the same methods in every version: what changed its signature ends here, in a method of ours.
+// PyTorch's interface with the same methods in every version: what changed its signature ends here, in one of ours.
 class AllocatorInterface : public c10cca::CUDAAllocator {
  public:
   void emptyCache() final {
@@ -58,8 +58,8 @@ class AllocatorInterface : public c10cca::CUDAAllocator {
     begin_allocate_to_pool(device, pool, std::move(filter), custom_allocator(pool));
   }
 
-  // The allocator that a MemPool brought along, if it can be reached now. 2.6 knows it only through the pool that is active
-  // on this thread.
+  // The allocator that a MemPool brought along, if it can be reached now. 2.6 knows it only through the pool that is
+  // active on this thread.
   static c10cca::CUDAAllocator* active_custom_allocator() {
     auto* active = c10::cuda::MemPoolContext::getActiveMemPool();
     return active ? active->allocator() : nullptr;

@@ -12,8 +12,8 @@ use std::sync::Arc;
 /// What is inside a [`Context`] that came over the bridge.
 struct StackContext(SharedPtr<ffi::StackContext>);
 
-// SAFETY: a std::shared_ptr counts atomically, and the c10::GatheredContext that it leads to is never looked into here; c10
-// itself copies and drops it on any thread.
+// SAFETY: a std::shared_ptr counts atomically, and the c10::GatheredContext that it leads to is never looked into here;
+// c10 itself copies and drops it on any thread.
 unsafe impl Send for StackContext {}
 // SAFETY: as above; only the pointer is copied through a shared reference.
 unsafe impl Sync for StackContext {}

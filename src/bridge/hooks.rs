@@ -35,8 +35,8 @@ impl Hooks for PyTorch {
 /// Which streams' allocations go to a private pool.
 pub(super) struct Filter(pub UniquePtr<ffi::StreamFilter>);
 
-// SAFETY: the std::function inside is only called and destroyed under the allocator's device lock, so by one thread at a
-// time; PyTorch's own allocator calls the same functions from any thread that allocates.
+// SAFETY: the std::function inside is only called and destroyed under the allocator's device lock, so by one thread at
+// a time; PyTorch's own allocator calls the same functions from any thread that allocates.
 unsafe impl Send for Filter {}
 
 impl Filter {

@@ -53,8 +53,8 @@ pub(super) fn check_settings(conf: &[u8], active: bool) -> bool {
         let wanted = base.apply(&String::from_utf8_lossy(conf))?.options.enabled;
         match (wanted, active) {
             (true, false) => Err(Error::InvalidArgument(
-                "use_uvm: 'True' comes too late: the backend is chosen when PyTorch is loaded, from PYTORCH_CUDA_ALLOC_CONF. \
-                 Set it before `import torch`"
+                "use_uvm: 'True' comes too late: the backend is chosen when PyTorch is loaded, from \
+                 PYTORCH_CUDA_ALLOC_CONF. Set it before `import torch`"
                     .to_owned(),
             )),
             (false, true) => Err(Error::InvalidArgument(
