@@ -43,6 +43,8 @@ EXCEPTIONS = HERE / "pytorch_exceptions.json"
 MOST_EXCEPTIONS = 10
 #: No exception may be about what an allocator is there for.
 NEVER_EXCEPTED = re.compile(r"graph|pool|stream|stat|snapshot", re.IGNORECASE)
+#: Tests that compile an extension may take this long.
+COMPILING = {"test_cpp_memory_snapshot_pickle": 400.0, "test_mempool_with_allocator": 400.0}
 #: Importing these is what takes the time. They ask about the GPU while they are imported (see `nursery`).
 IMPORTED_AHEAD = (
     "numpy",
@@ -134,7 +136,8 @@ def carry_out(request: str, code: Any, path: Path) -> dict[str, Any]:
 def answer_request(request: str, code: Any, path: Path, timeout: float) -> dict[str, Any]:
     """Has a fork carry out a request."""
     # Abrupt: a test that failed half-way may have left threads and captures behind that would hold up a proper end.
-    ended = in_fork(lambda: carry_out(request, code, path), timeout, abrupt=True)
+    allowed = COMPILING.get(request.rpartition(".")[2], timeout)
+    ended = in_fork(lambda: carry_out(request, code, path), allowed, abrupt=True)
     reply = ended.reply or {"outcome": "error", "detail": f"{ended.ending}\n{ended.output[-6000:]}"}
     return {**reply, "seconds": round(ended.seconds, 2)}
 
@@ -177,8 +180,37 @@ def nursery(test_file: Path, expected_backend: str, timeout: float) -> None:
 # The runner
 
 
+def cuda_home(target: Path) -> Path:
+    """What tests that compile an extension take for CUDA's own installation.
+
+    It is links to the headers and the runtime library of the packages that the wheel brings along. Tests that need more
+    (nvcc) fail with both backends.
+    """
+    import importlib.util
+
+    home = target / "cuda-home"
+    include, lib = home / "include", home / "lib64"
+    include.mkdir(parents=True, exist_ok=True)
+    lib.mkdir(exist_ok=True)
+
+    def link(new: Path, old: Path) -> None:
+        new.unlink(missing_ok=True)
+        new.symlink_to(old)
+
+    for package, folder in (("triton", "backends/nvidia/include"), ("nvidia", "*/include")):
+        spec = importlib.util.find_spec(package)
+        for location in (spec.submodule_search_locations or []) if spec else []:
+            for header in Path(location).glob(f"{folder}/*"):
+                if header.suffix in (".h", ".hpp") or header.name == "crt":
+                    link(include / header.name, header)
+            for library in Path(location).glob("cuda_runtime/lib/libcudart.so.*"):
+                link(lib / "libcudart.so", library)
+    return home
+
+
 def start_nursery(backend: str, arguments: argparse.Namespace, log: TextIO) -> Client:
     """Starts a nursery of one backend on the simulated device."""
+    target = arguments.out.parent
     variables = simulated.environment(
         CONFIGURATIONS[backend],
         device=arguments.device,
@@ -187,6 +219,10 @@ def start_nursery(backend: str, arguments: argparse.Namespace, log: TextIO) -> C
         devices=arguments.devices,
         schedule=arguments.schedule,
         require=True,
+        # Both backends share what is compiled.
+        CUDA_HOME=str(cuda_home(target)),
+        TORCH_EXTENSIONS_DIR=str(target / "torch-extensions"),
+        PATH=f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
     )
     command = [sys.executable, str(Path(__file__).resolve()), str(arguments.source), "--nursery", backend]
     return Client(f"the tests with {backend}", [*command, "--timeout", str(arguments.timeout)], variables, log)
@@ -273,6 +309,8 @@ def run_suite(arguments: argparse.Namespace) -> int:
     exceptions = read_exceptions(EXCEPTIONS)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     backends = arguments.backends.split(",")
+    for lock in (arguments.out.parent / "torch-extensions").glob("*/lock"):
+        lock.unlink()  # of a process that was ended while it compiled: the next would wait for ever
     with open(arguments.out.with_suffix(".log"), "w") as log:
         first = start_nursery(backends[0], arguments, log)
         listing = first.ask("*")
