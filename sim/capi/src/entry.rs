@@ -115,7 +115,7 @@ macro_rules! entry_points {
         /// # Safety
         /// The arguments are as the CUDA manual asks.
         #[unsafe(no_mangle)]
-        #[allow(non_snake_case)]
+        #[allow(unused_unsafe)] // not every body does something unsafe
         pub unsafe extern "C" fn $name($($arg: $type),*) -> $crate::errors::Code {
             // SAFETY: the caller keeps the manual's contract; `put` and the engine check what can be checked.
             $crate::entry::$api(stringify!($name), || unsafe { $body })

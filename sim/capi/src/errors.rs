@@ -17,7 +17,6 @@ pub mod code {
     pub const NOT_INITIALIZED: Code = 3;
     pub const NO_DEVICE: Code = 100;
     pub const INVALID_DEVICE: Code = 101;
-    pub const INVALID_IMAGE: Code = 200;
     pub const INVALID_CONTEXT: Code = 201;
     pub const OPERATING_SYSTEM: Code = 304;
     pub const INVALID_HANDLE: Code = 400;
@@ -26,11 +25,6 @@ pub mod code {
     pub const INVALID_MEMCPY_DIRECTION: Code = 21;
     pub const NOT_FOUND: Code = 500;
     pub const NOT_READY: Code = 600;
-    pub const PEER_ACCESS_UNSUPPORTED: Code = 217;
-    pub const PEER_ACCESS_ALREADY_ENABLED: Code = 704;
-    pub const PEER_ACCESS_NOT_ENABLED: Code = 705;
-    pub const HOST_MEMORY_ALREADY_REGISTERED: Code = 712;
-    pub const HOST_MEMORY_NOT_REGISTERED: Code = 713;
     pub const NOT_SUPPORTED: Code = 801;
     pub const UNSUPPORTED_LIMIT: Code = 215;
     pub const INVALID_DEVICE_FUNCTION: Code = 98;

@@ -40,6 +40,11 @@ pub fn machine() -> Outcome<&'static Machine> {
     Ok(MACHINE.get_or_init(start).as_ref().ok_or(code::NO_DEVICE)?)
 }
 
+/// Whether CUDA is initialised in this process.
+pub fn is_used() -> bool {
+    USED.load(Relaxed)
+}
+
 fn start() -> Option<Machine> {
     let config = match Config::from_env() {
         Ok(config) => config,

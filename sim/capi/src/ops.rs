@@ -160,7 +160,15 @@ pub fn fill_async(to: u64, value: u32, width: u8, count: usize, on: Handle) -> O
 }
 
 /// A rectangle, row by row.
-pub fn fill_rows_async(to: u64, pitch: usize, value: u32, width: u8, columns: usize, rows: usize, on: Handle) -> Outcome {
+pub fn fill_rows_async(
+    to: u64,
+    pitch: usize,
+    value: u32,
+    width: u8,
+    columns: usize,
+    rows: usize,
+    on: Handle,
+) -> Outcome {
     if columns * usize::from(width) > pitch && rows > 1 {
         Err(code::INVALID_PITCH)?;
     }

@@ -291,60 +291,60 @@ pub fn attribute(chip: &Chip, number: c_int) -> Option<c_int> {
         10 => 32,                                              // WarpSize
         11 => i32::MAX,                                        // MaxPitch
         12 | 82 => 65536,                                      // MaxRegistersPerBlock, PerMultiprocessor
-        13 => chip.profile.clock_khz,                                  // ClockRate
+        13 => chip.profile.clock_khz,                          // ClockRate
         14 | 30 => 512,                                        // TextureAlignment, SurfaceAlignment
-        15 | 19 | 31 | 41 | 78 | 79 | 80 | 90 | 95 | 96 => 1,  // overlap, map host, concurrent kernels, UVA, priorities …
-        16 => chip.profile.multiprocessors,                            // MultiProcessorCount
-        17 | 20 | 35 | 84 | 85 => 0,                           // KernelExecTimeout, ComputeMode, TCC, multi-GPU board
-        18 => flag(chip.profile.integrated),                      // Integrated
+        15 | 19 | 31 | 41 | 78 | 79 | 80 | 90 | 95 | 96 => 1, // overlap, map host, concurrent kernels, UVA, priorities …
+        16 => chip.profile.multiprocessors,                   // MultiProcessorCount
+        17 | 20 | 35 | 84 | 85 => 0,                          // KernelExecTimeout, ComputeMode, TCC, multi-GPU board
+        18 => flag(chip.profile.integrated),                  // Integrated
         21 | 22 | 23 | 42 | 45 | 46 | 69 | 70 | 71 => 131_072, // texture extents, one and two dimensions
-        24..=26 | 47..=49 => 16384,                            // texture extents, three dimensions
+        24..=26 | 47..=49 => 16384,                           // texture extents, three dimensions
         27 | 28 | 52 | 53 | 55..=57 | 61 | 63 | 64 | 66 | 67 | 73 | 74 | 77 => 32768,
-        58..=60 => 16384,                                      // surface extents, three dimensions
-        29 | 43 | 62 | 65 => 2048,                             // layers
-        54 | 68 => 2046,                                       // cube map layers
-        72 => 2_097_120,                                       // MaxTexture2DLinearPitch
-        32 => 1,                                               // EccEnabled
-        33 => chip.pci_bus(),                                    // PciBusId
-        34 | 50 => 0,                                          // PciDeviceId, PciDomainId
-        36 => chip.profile.memory_clock_khz,                           // MemoryClockRate
-        37 => chip.profile.memory_bus_bits,                            // GlobalMemoryBusWidth
-        38 => chip.profile.l2_bytes,                                   // L2CacheSize
-        39 => chip.profile.threads_per_multiprocessor,                                           // MaxThreadsPerMultiProcessor
-        40 => 3,                                               // AsyncEngineCount
-        51 => 32,                                              // TexturePitchAlignment
-        75 => chip.profile.compute_capability.0,                       // ComputeCapabilityMajor
-        76 => chip.profile.compute_capability.1,                       // ComputeCapabilityMinor
-        81 => chip.profile.shared_memory_per_multiprocessor,                                       // MaxSharedMemoryPerMultiprocessor
-        83 => 1,                  // ManagedMemory
-        86 => flag(chip.profile.host_page_tables),                // HostNativeAtomicSupported
-        87 => 2,                                               // SingleToDoublePrecisionPerfRatio
-        88 => flag(chip.profile.pageable_memory_access),          // PageableMemoryAccess
-        89 => flag(chip.profile.concurrent_managed_access),       // ConcurrentManagedAccess
-        91 => flag(chip.profile.host_page_tables),                // CanUseHostPointerForRegisteredMem
-        97 => chip.profile.shared_memory_per_block_optin,                                       // MaxSharedMemoryPerBlockOptin
-        98 => 0,                                               // CanFlushRemoteWrites
-        99 => 1,                                               // HostRegisterSupported
-        100 => flag(chip.profile.host_page_tables),               // PageableMemoryAccessUsesHostPageTables
-        101 => flag(chip.profile.direct_host_access),             // DirectManagedMemAccessFromHost
-        102 => 1,                                              // VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
-        103 => 1,                                              // HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
-        106 => 32,                                             // MaxBlocksPerMultiprocessor
-        108 | 109 => chip.profile.l2_bytes / 2,                        // MaxPersistingL2CacheSize, MaxAccessPolicyWindowSize
-        111 => 1024,                                           // ReservedSharedMemoryPerBlock
-        113 | 114 => 0,                                        // HostRegisterReadOnly, TimelineSemaphoreInterop
-        115 => 1,                                              // MemoryPoolsSupported
-        116..=118 => 0,                                        // GPUDirect RDMA
-        119 => 0,                                              // MemoryPoolSupportedHandleTypes
-        120 => flag(chip.profile.compute_capability.0 >= 9),           // ClusterLaunch
-        125 => 1,                                              // IpcEventSupport
-        126 => 4,                                              // MemSyncDomainCount
-        129 => 0,                                              // UnifiedFunctionPointers
-        130 => 0,                                              // NumaConfig: none
-        131 => -1,                                             // NumaId
-        132 => 0,                                              // MULTICAST_SUPPORTED
-        133 => 0,                                              // MpsEnabled
-        134 => chip.profile.host_numa_node.unwrap_or(-1),         // HostNumaId
+        58..=60 => 16384,                                    // surface extents, three dimensions
+        29 | 43 | 62 | 65 => 2048,                           // layers
+        54 | 68 => 2046,                                     // cube map layers
+        72 => 2_097_120,                                     // MaxTexture2DLinearPitch
+        32 => 1,                                             // EccEnabled
+        33 => chip.pci_bus(),                                // PciBusId
+        34 | 50 => 0,                                        // PciDeviceId, PciDomainId
+        36 => chip.profile.memory_clock_khz,                 // MemoryClockRate
+        37 => chip.profile.memory_bus_bits,                  // GlobalMemoryBusWidth
+        38 => chip.profile.l2_bytes,                         // L2CacheSize
+        39 => chip.profile.threads_per_multiprocessor,       // MaxThreadsPerMultiProcessor
+        40 => 3,                                             // AsyncEngineCount
+        51 => 32,                                            // TexturePitchAlignment
+        75 => chip.profile.compute_capability.0,             // ComputeCapabilityMajor
+        76 => chip.profile.compute_capability.1,             // ComputeCapabilityMinor
+        81 => chip.profile.shared_memory_per_multiprocessor, // MaxSharedMemoryPerMultiprocessor
+        83 => 1,                                             // ManagedMemory
+        86 => flag(chip.profile.host_page_tables),           // HostNativeAtomicSupported
+        87 => 2,                                             // SingleToDoublePrecisionPerfRatio
+        88 => flag(chip.profile.pageable_memory_access),     // PageableMemoryAccess
+        89 => flag(chip.profile.concurrent_managed_access),  // ConcurrentManagedAccess
+        91 => flag(chip.profile.host_page_tables),           // CanUseHostPointerForRegisteredMem
+        97 => chip.profile.shared_memory_per_block_optin,    // MaxSharedMemoryPerBlockOptin
+        98 => 0,                                             // CanFlushRemoteWrites
+        99 => 1,                                             // HostRegisterSupported
+        100 => flag(chip.profile.host_page_tables),          // PageableMemoryAccessUsesHostPageTables
+        101 => flag(chip.profile.direct_host_access),        // DirectManagedMemAccessFromHost
+        102 => 1,                                            // VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        103 => 1,                                            // HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
+        106 => 32,                                           // MaxBlocksPerMultiprocessor
+        108 | 109 => chip.profile.l2_bytes / 2,              // MaxPersistingL2CacheSize, MaxAccessPolicyWindowSize
+        111 => 1024,                                         // ReservedSharedMemoryPerBlock
+        113 | 114 => 0,                                      // HostRegisterReadOnly, TimelineSemaphoreInterop
+        115 => 1,                                            // MemoryPoolsSupported
+        116..=118 => 0,                                      // GPUDirect RDMA
+        119 => 0,                                            // MemoryPoolSupportedHandleTypes
+        120 => flag(chip.profile.compute_capability.0 >= 9), // ClusterLaunch
+        125 => 1,                                            // IpcEventSupport
+        126 => 4,                                            // MemSyncDomainCount
+        129 => 0,                                            // UnifiedFunctionPointers
+        130 => 0,                                            // NumaConfig: none
+        131 => -1,                                           // NumaId
+        132 => 0,                                            // MULTICAST_SUPPORTED
+        133 => 0,                                            // MpsEnabled
+        134 => chip.profile.host_numa_node.unwrap_or(-1),    // HostNumaId
         44 | 92..=94 | 104 | 105 | 107 | 110 | 112 | 121..=124 | 127 | 128 | 135..=150 => 0,
         _ => return None,
     })

@@ -1,22 +1,19 @@
 //! Initialisation, devices, contexts, errors.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use torch_uvm_sim::Machine;
 
 use crate::context::{self, Context};
 use crate::entry::{Outcome, entry_points, put, put_optional};
 use crate::errors::{self, Code, code};
-use crate::machine::{DRIVER_VERSION, chip, machine};
+use crate::machine::{DRIVER_VERSION, chip, is_used, machine};
 use crate::properties;
 use crate::runtime::device::{device_by_bus_id, device_limit, peer_attribute, write_text};
 
-static INITIALIZED: AtomicBool = AtomicBool::new(false);
-
-/// The machine, for a caller that must have called `cuInit`.
+/// The machine, for a caller that must have called `cuInit`, or the runtime, which does so by itself.
 fn initialized() -> Outcome<&'static Machine> {
-    if !INITIALIZED.load(Relaxed) {
+    if !is_used() {
         Err(code::NOT_INITIALIZED)?;
     }
     machine()
@@ -43,9 +40,7 @@ entry_points! { driver;
         if flags != 0 {
             Err(code::INVALID_VALUE)?;
         }
-        machine()?;
-        INITIALIZED.store(true, Relaxed);
-        Ok(())
+        machine().map(drop)
     }
 
     /// `cuDriverGetVersion`; needs no `cuInit`.

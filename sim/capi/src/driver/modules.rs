@@ -172,16 +172,16 @@ fn launch_function(function: Handle, on: Handle) -> Outcome {
     if function.is_null() || context::current().is_null() {
         Err(code::INVALID_HANDLE)?;
     }
-    launch("function", on)
+    launch(on)
 }
 
 fn function_attribute(attribute: c_int) -> Outcome<c_int> {
     Ok(match attribute {
-        0 => 1024,           // MAX_THREADS_PER_BLOCK
-        4 => 32,             // NUM_REGS
-        5 | 6 => 90,         // PTX_VERSION, BINARY_VERSION
-        8 => 48 << 10,       // MAX_DYNAMIC_SHARED_SIZE_BYTES
-        9 => -1,             // PREFERRED_SHARED_MEMORY_CARVEOUT
+        0 => 1024,     // MAX_THREADS_PER_BLOCK
+        4 => 32,       // NUM_REGS
+        5 | 6 => 90,   // PTX_VERSION, BINARY_VERSION
+        8 => 48 << 10, // MAX_DYNAMIC_SHARED_SIZE_BYTES
+        9 => -1,       // PREFERRED_SHARED_MEMORY_CARVEOUT
         1..=3 | 7 | 10..=15 => 0,
         _ => Err(code::INVALID_VALUE)?,
     })

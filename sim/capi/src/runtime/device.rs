@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use crate::context;
 use crate::entry::{entry_points, last_error, put, put_optional};
 use crate::errors::{self, Code, code};
-use crate::machine::{DRIVER_VERSION, Chip, chip, machine};
+use crate::machine::{Chip, DRIVER_VERSION, chip, machine};
 use crate::properties::{self, Properties12, Properties13};
 
 /// `cudaGetErrorName`.
@@ -218,13 +218,13 @@ pub unsafe fn device_by_bus_id(text: *const c_char) -> crate::entry::Outcome<c_i
 /// `cudaDeviceGetLimit` and `cuCtxGetLimit`.
 pub fn device_limit(limit: c_int) -> crate::entry::Outcome<usize> {
     Ok(match limit {
-        0 => 1024,     // stack size
-        1 => 1 << 20,  // printf FIFO size
-        2 => 8 << 20,  // malloc heap size
-        3 => 2,        // device runtime synchronisation depth
-        4 => 2048,     // device runtime pending launches
-        5 => 64,       // maximum L2 fetch granularity
-        6 => 0,        // persisting L2 cache size
+        0 => 1024,    // stack size
+        1 => 1 << 20, // printf FIFO size
+        2 => 8 << 20, // malloc heap size
+        3 => 2,       // device runtime synchronisation depth
+        4 => 2048,    // device runtime pending launches
+        5 => 64,      // maximum L2 fetch granularity
+        6 => 0,       // persisting L2 cache size
         _ => Err(code::UNSUPPORTED_LIMIT)?,
     })
 }
@@ -236,8 +236,8 @@ pub fn peer_attribute(attribute: c_int, device: c_int, peer: c_int) -> crate::en
     }
     let reachable = c_int::from(machine()?.can_access_peer(device, peer)?);
     Ok(match attribute {
-        1 => 0,                     // performance rank: the best
-        2 | 3 | 4 => reachable,     // access, native atomics, CUDA array access
+        1 => 0,                 // performance rank: the best
+        2 | 3 | 4 => reachable, // access, native atomics, CUDA array access
         _ => Err(code::INVALID_VALUE)?,
     })
 }

@@ -2,9 +2,8 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::ptr;
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::sync::{Mutex, PoisonError};
 
 use crate::context;
 use crate::entry::{Outcome, entry_points, put, put_optional};
@@ -53,29 +52,6 @@ pub struct FuncAttributes {
     reserved: [c_int; 16],
 }
 
-/// Host stub to kernel name. libtorch registers some hundred thousand when it is loaded: kept as they come, sorted when
-/// someone asks.
-static KERNELS: RwLock<Kernels> = RwLock::new(Kernels { names: Vec::new(), sorted: true });
-
-struct Kernels {
-    names: Vec<(usize, usize)>,
-    sorted: bool,
-}
-
-/// The name of the kernel whose host stub is at `function`, as the compiler mangled it.
-pub fn kernel_name(function: *const c_void) -> Option<String> {
-    if !KERNELS.read().unwrap_or_else(PoisonError::into_inner).sorted {
-        let mut kernels = KERNELS.write().unwrap_or_else(PoisonError::into_inner);
-        kernels.names.sort_unstable();
-        kernels.sorted = true;
-    }
-    let kernels = KERNELS.read().unwrap_or_else(PoisonError::into_inner);
-    let at = kernels.names.binary_search_by_key(&(function as usize), |entry| entry.0).ok()?;
-    // SAFETY: `__cudaRegisterFunction` was given a string that lives as long as its library, which CUDA never unloads
-    // before its kernels' last use.
-    Some(unsafe { CStr::from_ptr(kernels.names[at].1 as *const c_char) }.to_string_lossy().into_owned())
-}
-
 /// `__cudaRegisterFatBinary`: the handle is the address of the image.
 #[unsafe(no_mangle)]
 pub extern "C" fn __cudaRegisterFatBinary(image: *mut c_void) -> *mut *mut c_void {
@@ -96,13 +72,13 @@ pub extern "C" fn __cudaInitModule(_handle: *mut *mut c_void) -> c_char {
     1
 }
 
-/// `__cudaRegisterFunction`.
+/// `__cudaRegisterFunction`: libtorch registers some hundred thousand kernels when it is loaded, and none is ever looked up.
 #[unsafe(no_mangle)]
 pub extern "C" fn __cudaRegisterFunction(
     _handle: *mut *mut c_void,
-    stub: *const c_char,
+    _stub: *const c_char,
     _device_stub: *mut c_char,
-    name: *const c_char,
+    _name: *const c_char,
     _thread_limit: c_int,
     _tid: *mut c_void,
     _bid: *mut c_void,
@@ -110,9 +86,6 @@ pub extern "C" fn __cudaRegisterFunction(
     _grid: *mut c_void,
     _warp: *mut c_int,
 ) {
-    let mut kernels = KERNELS.write().unwrap_or_else(PoisonError::into_inner);
-    kernels.names.push((stub as usize, name as usize));
-    kernels.sorted = false;
 }
 
 /// The device's copies of `__device__` and `__constant__` variables: host stub to size, and the address once asked for.
@@ -163,8 +136,8 @@ pub extern "C" fn __cudaPushCallConfiguration(grid: Dim3, block: Dim3, shared_by
     0
 }
 
-/// Puts a kernel that does nothing on a stream.
-pub fn launch(name: &str, on: Handle) -> Outcome {
+/// Puts a kernel that does nothing on a stream. What memory it would touch is not known.
+pub fn launch(on: Handle) -> Outcome {
     let device = context::use_device();
     Ok(machine()?.launch_kernel(device, stream(on), Vec::new())?)
 }
@@ -279,10 +252,10 @@ entry_points! { runtime;
 }
 
 fn launch_stub(function: *const c_void, on: Handle) -> Outcome {
-    if function == ptr::null() {
+    if function.is_null() {
         Err(code::INVALID_DEVICE_FUNCTION)?;
     }
-    launch(kernel_name(function).as_deref().unwrap_or("kernel"), on)
+    launch(on)
 }
 
 /// `__cudaGetKernel`: as `cudaGetKernel`.

@@ -1,0 +1,278 @@
+"""Runs an official PyTorch wheel on the simulated device: exits non-zero when something is not as on a real one.
+
+    cargo xtask sim run -- python sim/capi/tests/smoke.py
+
+Written for PyTorch's `native` allocator; everything here must hold for any allocator. What needs kernels (arithmetic)
+is left out: the simulator runs none.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+
+import torch
+
+MIB = 1 << 20
+TESTS = []
+
+
+def test(function):
+    TESTS.append(function)
+    return function
+
+
+def pattern(count, seed=0):
+    """Bytes that differ from any shifted or zeroed version of themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+
+
+@test
+def the_device_is_there():
+    assert torch.cuda.is_available()
+    assert torch.cuda.device_count() == int(os.environ.get("TORCH_UVM_SIM_DEVICES", "1"))
+    properties = torch.cuda.get_device_properties(0)
+    assert properties.name.startswith("NVIDIA"), properties
+    assert properties.total_memory == torch.cuda.mem_get_info()[1], properties
+    assert properties.major >= 9 and properties.multi_processor_count > 0, properties
+
+
+@test
+def copies_are_exact():
+    for count in (1, 513, 4097, 3 * MIB + 5):
+        source = pattern(count)
+        on_device = source.cuda()
+        again = torch.empty_like(on_device)
+        again.copy_(on_device)
+        assert torch.equal(again.cpu(), source), count
+    # A slice, which starts in the middle of its block.
+    assert torch.equal(on_device[1000:2000].cpu(), source[1000:2000])
+
+
+@test
+def pinned_copies_wait_for_their_stream():
+    source = pattern(MIB).pin_memory()
+    assert source.is_pinned()
+    result = torch.empty(MIB, dtype=torch.uint8, pin_memory=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        on_device = source.to("cuda", non_blocking=True)
+        result.copy_(on_device, non_blocking=True)
+    stream.synchronize()
+    assert torch.equal(result, source)
+
+
+@test
+def streams_and_events_order_work():
+    first, second = torch.cuda.Stream(), torch.cuda.Stream(priority=-1)
+    source = pattern(MIB, 1)
+    on_device = torch.empty(MIB, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    pinned = source.pin_memory()
+    done = torch.cuda.Event(enable_timing=True)
+    start = torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(first):
+        start.record()
+        on_device.copy_(pinned, non_blocking=True)
+        done.record()
+    second.wait_event(done)
+    with torch.cuda.stream(second):
+        copy = on_device.clone()
+    second.synchronize()
+    assert done.query() and start.elapsed_time(done) >= 0
+    assert torch.equal(copy.cpu(), source)
+
+
+@test
+def record_stream_keeps_a_block():
+    side = torch.cuda.Stream()
+    source = pattern(4 * MIB, 2)
+    result = torch.empty(4 * MIB, dtype=torch.uint8, pin_memory=True)
+    block = source.cuda()
+    address = block.data_ptr()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        result.copy_(block, non_blocking=True)
+        block.record_stream(side)
+    del block
+    # Would overwrite the block before `side` has read it, if it were handed out again.
+    other = torch.zeros(4 * MIB, dtype=torch.uint8).pin_memory().to("cuda", non_blocking=True)
+    side.synchronize()
+    assert torch.equal(result, source), "reused too early"
+    del other
+    torch.cuda.synchronize()
+    assert address
+
+
+@test
+def graphs_replay_copies():
+    source = torch.zeros(MIB, dtype=torch.uint8, device="cuda")
+    target = torch.zeros(MIB, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        between = torch.empty_like(source)
+        between.copy_(source)
+        target.copy_(between)
+    for seed in (3, 4):
+        data = pattern(MIB, seed)
+        source.copy_(data)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(target.cpu(), data), seed
+    graph.reset()
+
+
+@test
+def an_unsafe_call_spoils_a_capture():
+    # By the driver API: PyTorch 2.6's own books do not survive a capture that fails.
+    driver = ctypes.CDLL("libcuda.so.1")
+    stream = torch.cuda.Stream()
+    handle, graph, pointer = ctypes.c_void_p(stream.cuda_stream), ctypes.c_void_p(), ctypes.c_uint64()
+    assert driver.cuStreamBeginCapture_v2(handle, 0) == 0
+    assert driver.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(MIB)) == 900
+    assert driver.cuStreamEndCapture(handle, ctypes.byref(graph)) == 901
+    assert not graph.value
+    torch.cuda.synchronize()
+    assert torch.equal(pattern(100).cuda().cpu(), pattern(100))
+
+
+@test
+def pools_are_apart():
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        inside = torch.empty(MIB, dtype=torch.uint8, device="cuda")
+    outside = torch.empty(MIB, dtype=torch.uint8, device="cuda")
+    segments = {s["address"]: s for s in torch.cuda.memory_snapshot()}
+    def pool_of(tensor):
+        at = max(a for a in segments if a <= tensor.data_ptr())
+        return segments[at]["segment_pool_id"]
+    assert pool_of(inside) == pool.id and pool_of(outside) == (0, 0)
+
+
+@test
+def statistics_and_snapshots_agree():
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    tensor = torch.empty(10 * MIB, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.memory_allocated() - before == 10 * MIB
+    assert torch.cuda.memory_reserved() >= torch.cuda.memory_allocated()
+    blocks = [b for s in torch.cuda.memory._snapshot()["segments"] for b in s["blocks"]]
+    assert any(b["state"] == "active_allocated" and b["size"] == 10 * MIB for b in blocks)
+    free = torch.cuda.mem_get_info()[0]
+    del tensor
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info()[0] >= free
+
+
+@test
+def too_much_is_an_error():
+    total = torch.cuda.mem_get_info()[1]
+    try:
+        torch.empty(64 * total, dtype=torch.uint8, device="cuda")
+    except torch.cuda.OutOfMemoryError as error:
+        assert "Tried to allocate" in str(error), error
+    else:
+        raise AssertionError("64 times the device's memory was allocated")
+    assert torch.equal(pattern(100).cuda().cpu(), pattern(100)), "the device works on"
+
+
+@test
+def threads_share_the_device():
+    errors = []
+
+    def work(seed):
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for turn in range(10):
+                    data = pattern(100_000 + turn, seed)
+                    assert torch.equal(data.cuda().clone().cpu(), data)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+
+
+@test
+def loaders_pin_in_the_background():
+    data = torch.utils.data.TensorDataset(torch.arange(64))
+    seen = []
+    for (batch,) in torch.utils.data.DataLoader(data, batch_size=8, num_workers=2, pin_memory=True):
+        assert batch.is_pinned()
+        seen += batch.cuda(non_blocking=True).cpu().tolist()
+    assert seen == list(range(64)), seen
+
+
+@test
+def the_host_is_simulated_too():
+    path = os.environ["TORCH_UVM_MEMINFO"]
+
+    def available():
+        with open(path) as file:
+            fields = dict(line.split(":") for line in file.read().splitlines())
+        assert int(fields["MemAvailable"].split()[0]) <= int(fields["MemTotal"].split()[0])
+        return int(fields["MemAvailable"].split()[0]) * 1024
+
+    before = available()
+    pinned = torch.empty(64 * MIB, dtype=torch.uint8, pin_memory=True)
+    assert before - available() >= 64 * MIB, (before, available())
+    del pinned
+
+
+@test
+def managed_memory_works_beside():
+    """The runtime and the driver API, called by name as a plug-in does."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    assert driver.cuInit(0) == 0
+    torch.cuda.synchronize()
+    pointer = ctypes.c_uint64()
+    assert driver.cuMemAllocManaged(ctypes.byref(pointer), ctypes.c_size_t(4 * MIB), 1) == 0
+    assert driver.cuMemsetD8_v2(pointer, ctypes.c_ubyte(7), ctypes.c_size_t(4 * MIB)) == 0
+    assert driver.cuMemPrefetchAsync(pointer, ctypes.c_size_t(4 * MIB), -1, None) == 0
+    assert driver.cuCtxSynchronize() == 0
+    assert bytes((ctypes.c_ubyte * 16).from_address(pointer.value)) == b"\7" * 16
+    assert driver.cuMemFree_v2(pointer) == 0
+    assert driver.cuMemFree_v2(pointer) == 1, "freed twice"
+
+
+@test
+def a_forked_child_may_not_use_the_device():
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.empty(1, device="cuda")
+        except RuntimeError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@test
+def other_programs_live_with_the_preload():
+    assert subprocess.run(["sh", "-c", "exit 3"]).returncode == 3
+
+
+def main():
+    chosen = [function for function in TESTS if len(sys.argv) < 2 or function.__name__ in sys.argv[1:]]
+    failed = 0
+    for function in chosen:
+        try:
+            function()
+        except Exception as error:
+            failed += 1
+            print(f"FAILED {function.__name__}: {type(error).__name__}: {error}")
+        else:
+            print(f"ok     {function.__name__}")
+    print(f"{len(chosen) - failed} passed, {failed} failed (PyTorch {torch.__version__})")
+    return 1 if failed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
