@@ -7,6 +7,9 @@
 
 mod contract;
 
+use contract::simulated::SimulatedMachine;
+use torch_uvm_sim::{Profile, Schedule};
+
 /// Makes a test of each contract function, with a machine of `$machine` (an `Option`: none is a test not run).
 macro_rules! contract {
     ($($module:ident: $machine:expr;)*) => {
@@ -60,7 +63,16 @@ macro_rules! contract {
     };
 }
 
+/// A simulated machine, always there.
+fn simulated(profile: Profile, schedule: Schedule) -> Option<SimulatedMachine> {
+    Some(SimulatedMachine::new(profile, schedule))
+}
+
 contract! {
+    sim_h100: crate::simulated(crate::Profile::h100(), crate::Schedule::Late);
+    sim_gh200: crate::simulated(crate::Profile::gh200(), crate::Schedule::Seeded(1));
+    sim_gh200_egm: crate::simulated(crate::Profile::gh200_egm(), crate::Schedule::Eager);
+    sim_gb10: crate::simulated(crate::Profile::gb10(), crate::Schedule::Seeded(2));
     cuda: crate::contract::real::RealMachine::if_wanted(i32::MAX);
     cuda_12_0: crate::contract::real::RealMachine::if_wanted(12000);
 }

@@ -148,14 +148,20 @@ pub trait MachineExt: Machine {
 
     /// Bytes that differ from place to place and from seed to seed.
     fn pattern(&self, bytes: u64, seed: u8) -> Vec<u8> {
-        (0..bytes).map(|at| (at as u8).wrapping_mul(31) ^ (at >> 12) as u8 ^ seed).collect()
+        // A prime length, so that no two pages are alike; and repeated, because test builds are slow byte by byte.
+        const UNIT: usize = 65_521;
+        let unit: Vec<u8> = (0..UNIT).map(|at| (at as u8).wrapping_mul(31) ^ (at >> 8) as u8 ^ seed).collect();
+        let mut pattern = unit.repeat((bytes as usize).div_ceil(UNIT));
+        pattern.truncate(bytes as usize);
+        pattern
     }
 
     /// Fails unless the memory holds the bytes.
     fn assert_bytes(&self, ptr: DevicePtr, expected: &[u8], when: &str) {
         let mut found = vec![0; expected.len()];
         self.read(ptr, &mut found);
-        if let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) {
+        if found != expected {
+            let at = found.iter().zip(expected).position(|(a, b)| a != b).unwrap_or_default();
             panic!("{when}: byte {at} is {:#x}, not {:#x}", found[at], expected[at]);
         }
     }

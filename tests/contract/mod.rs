@@ -5,3 +5,4 @@ pub mod machine;
 pub mod memory;
 pub mod order;
 pub mod real;
+pub mod simulated;
