@@ -66,18 +66,14 @@ impl State {
         )
     }
 
+    /// Fails if a capture forbids the call, and spoils all that do; again if they are spoilt already (measured).
     fn forbid(&mut self, code: Code, why: &str, forbids: impl Fn(&Capture) -> bool) -> Step<()> {
-        let (mut any, mut fresh) = (false, false);
+        let mut result = Ok(());
         for capture in self.captures.values_mut().filter(|capture| forbids(capture)) {
-            any = true;
-            fresh |= !capture.invalidated;
             capture.invalidated = true;
+            result = Err(fail(code, format!("{}: {why}", code.text())));
         }
-        match (any, fresh) {
-            (false, _) => Ok(()),
-            (true, true) => Err(fail(code, format!("{}: {why}", code.text()))),
-            (true, false) => Err(Code::STREAM_CAPTURE_INVALIDATED.into()),
-        }
+        result
     }
 
     /// Fails if the stream captures, and spoils the capture: for calls that a capture cannot hold.
@@ -120,9 +116,6 @@ impl State {
     /// Spoils a capture and gives the error for it.
     fn spoil(&mut self, id: u64, code: Code) -> Fail {
         if let Some(capture) = self.captures.get_mut(&id) {
-            if capture.invalidated {
-                return Code::STREAM_CAPTURE_INVALIDATED.into();
-            }
             capture.invalidated = true;
         }
         code.into()

@@ -27,6 +27,7 @@ pub use driver::SimDriver;
 pub use error::{Code, SimError, SimResult};
 pub use fault::{EntryPoint, Fault, Which};
 pub use machine::Machine;
+pub use machine_streams::Hold;
 pub use profile::{Config, ConfigError, Profile, Schedule};
 pub use torch_uvm::driver::{
     Advice, CaptureMode, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, Event, HostMemory, IpcHandle, Location,

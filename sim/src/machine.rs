@@ -220,12 +220,15 @@ impl Machine {
     pub fn ipc_handle(&self, device: DeviceIndex, ptr: DevicePtr) -> SimResult<IpcHandle> {
         self.inner.call(EntryPoint::IpcHandle, |s| {
             s.check_device(device)?;
-            let allocation = s.find_allocation(ptr)?;
+            // Any address inside the allocation will do (measured).
+            let Some((base, allocation)) = s.allocation_at(ptr.0) else {
+                return Err(fail(Code::INVALID_VALUE, format!("{ptr:?} is not device memory")));
+            };
             if allocation.body != Body::Device {
                 return Err(fail(Code::INVALID_VALUE, "CUDA gives no IPC handle for managed memory"));
             }
             let mut handle = [0; 64];
-            for (slot, word) in handle.chunks_exact_mut(8).zip([IPC_MAGIC, ptr.0, allocation.id, allocation.bytes]) {
+            for (slot, word) in handle.chunks_exact_mut(8).zip([IPC_MAGIC, base, allocation.id, allocation.bytes]) {
                 slot.copy_from_slice(&word.to_le_bytes());
             }
             Ok(IpcHandle(handle))
@@ -299,6 +302,9 @@ impl Machine {
             s.check_device(device)?;
             let base = s.managed_base(range)?;
             match advice {
+                Advice::SetAccessedBy(Location::HostNuma(node)) | Advice::UnsetAccessedBy(Location::HostNuma(node)) => {
+                    return Err(fail(Code::INVALID_VALUE, format!("accessed-by takes no NUMA node (here {node})")));
+                }
                 Advice::SetPreferredLocation(location)
                 | Advice::SetAccessedBy(location)
                 | Advice::UnsetAccessedBy(location) => s.check_location(location)?,
@@ -328,8 +334,8 @@ impl Machine {
             let base = s.managed_base(range)?;
             s.check_location(to)?;
             let key = s.stream_key(device, stream)?;
+            // Plainly legal on any stream that does not capture, whatever captures elsewhere (measured).
             s.forbid_on_capturing(key)?;
-            s.unsafe_call()?;
             s.enqueue(key, Work::Prefetch { range, to })?;
             let span = Managed::span(range.ptr.0 - base, range.bytes);
             if let Some(managed) = s.physical.managed.get_mut(&base) {
@@ -621,7 +627,6 @@ impl Session<'_> {
             return Err(fail(Code::INVALID_VALUE, "discarding does not work on the legacy default stream"));
         }
         self.forbid_on_capturing(key)?;
-        self.unsafe_call()?;
         for &range in ranges {
             self.enqueue(key, Work::Discard { range, prefetch: to })?;
             let per_gib = self.costs().discard_per_gib;

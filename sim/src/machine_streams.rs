@@ -5,15 +5,35 @@ use crate::error::{Code, SimResult, Step, fail};
 use crate::event::Recorded;
 use crate::fault::EntryPoint;
 use crate::machine::Machine;
-use crate::state::{DONE, Session, thread_number};
+use crate::state::{DONE, Inner, Session, thread_number};
 use crate::stream::{Key, Mark};
 use crate::types::*;
 use crate::work::{Side, Source, Work};
 use std::sync::Arc;
-use torch_uvm::driver::{CaptureMode, DeviceIndex, Event, Stream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use torch_uvm::driver::{CaptureMode, DeviceIndex, DevicePtr, Event, Stream};
 
 /// Larger pageable sources are copied when the stream gets there, and waited for: CUDA's staging buffers are no larger either.
 const STAGE_AT_MOST: u64 = 64 << 20;
+
+/// A stream held up by [`Machine::hold`].
+pub struct Hold {
+    released: Arc<AtomicBool>,
+    inner: Arc<Inner>,
+}
+
+impl Hold {
+    /// Lets the stream go on.
+    pub fn release(self) {}
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        // Under the lock: whoever is about to wait has either seen the flag, or will be woken.
+        self.inner.peek(|_| self.released.store(true, Ordering::Relaxed));
+        self.inner.wake();
+    }
+}
 
 impl Machine {
     // ---- copies and other work ----------------------------------------------------------------------------------
@@ -106,13 +126,33 @@ impl Machine {
         })
     }
 
+    /// Copies bytes into memory of the machine, and waits: [`Machine::memcpy`] for tests.
+    pub fn write(&self, device: DeviceIndex, to: DevicePtr, bytes: &[u8]) -> SimResult<()> {
+        self.memcpy(device, to.0, bytes.as_ptr() as u64, bytes.len() as u64, CopyKind::Default)
+    }
+
+    /// Copies bytes out of memory of the machine, after what the legacy stream has queued.
+    pub fn read(&self, device: DeviceIndex, from: DevicePtr, bytes: &mut [u8]) -> SimResult<()> {
+        self.memcpy(device, bytes.as_mut_ptr() as u64, from.0, bytes.len() as u64, CopyKind::Default)
+    }
+
+    /// Holds a stream up: it gets no further than here until the hold is released (or dropped). For tests; on a real
+    /// device a host function that waits would do the same. Not for capturing streams.
+    pub fn hold(&self, device: DeviceIndex, stream: Stream) -> SimResult<Hold> {
+        let released = Arc::new(AtomicBool::new(false));
+        self.inner.call(EntryPoint::LaunchHostFunc, |s| {
+            let key = s.stream_key(device, stream)?;
+            s.enqueue(key, Work::Hold(Arc::clone(&released))).map(drop)
+        })?;
+        Ok(Hold { released, inner: Arc::clone(&self.inner) })
+    }
+
     // ---- streams ------------------------------------------------------------------------------------------------
 
     /// `cuStreamCreateWithPriority`; the priority is kept between -5 and 0.
     pub fn stream_create(&self, device: DeviceIndex, non_blocking: bool, priority: i32) -> SimResult<Stream> {
         self.inner.call(EntryPoint::StreamCreate, |s| {
             s.check_device(device)?;
-            s.unsafe_call()?;
             let key = s.add_stream(device, !non_blocking, false, priority.clamp(-5, 0));
             s.created_streams.insert(key);
             Ok(Stream(key))

@@ -16,6 +16,9 @@ use std::collections::{BTreeMap, VecDeque};
 /// Remote accesses after which hardware with access counters moves a page.
 const HOT: u8 = 4;
 
+/// The driver takes device memory for managed pages in batches of this size (measured).
+const BATCH: u64 = 128 << 20;
+
 /// One device's books, in bytes.
 #[derive(Default, Debug)]
 pub(crate) struct DeviceBooks {
@@ -142,12 +145,15 @@ impl Physical {
             let free = self.device_free(device);
             let books = &mut self.devices[device];
             let spare = books.chunks - books.resident;
-            if spare + free >= bytes {
-                books.chunks += bytes.saturating_sub(spare);
-                return Some(spent);
-            }
             if self.integrated {
-                return None;
+                // One memory for all: nothing to evict to, and free memory does rise again.
+                return (free >= bytes).then_some(spent);
+            }
+            if spare + free >= bytes {
+                if spare < bytes {
+                    books.chunks += free.min(BATCH).max(bytes - spare);
+                }
+                return Some(spent);
             }
             spent += self.evict_one(device)?;
         }
@@ -501,7 +507,8 @@ impl Physical {
         for (device, books) in self.devices.iter_mut().enumerate() {
             books.resident -= managed.resident[device];
             let spare = books.chunks - books.resident;
-            books.chunks -= if last { spare } else { spare.min(managed.peak[device]) };
+            let had = managed.peak[device].next_multiple_of(BATCH);
+            books.chunks -= if last { spare } else { spare.min(had) };
             if last {
                 books.recent.clear();
             }

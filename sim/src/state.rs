@@ -68,7 +68,7 @@ pub(crate) struct HostAllocation {
 /// Everything that changes.
 pub(crate) struct State {
     pub config: Config,
-    /// Allocations of at least 2 MiB, smaller ones, pinned host memory.
+    /// Allocations of at least 2 MiB; smaller ones; pinned host memory.
     pub large: Zone,
     pub small: Zone,
     pub pinned: Zone,
@@ -188,6 +188,7 @@ impl State {
         self.large.contains(address) || self.small.contains(address) || self.pinned.contains(address)
     }
 
+    /// Where an allocation takes its addresses.
     pub fn zone_for(&mut self, bytes: u64) -> &mut Zone {
         if bytes >= crate::managed::PAGE { &mut self.large } else { &mut self.small }
     }
@@ -220,7 +221,7 @@ fn spawn_callbacks(inner: Weak<Inner>) -> mpsc::Sender<(Key, HostFunc)> {
             drop(function);
             let Some(inner) = inner.upgrade() else { return };
             inner.state.lock().callback_done(key);
-            inner.callback_done.notify_all();
+            inner.wake();
         }
     };
     // If no thread can be had, the receiver is dropped, and `start_callback` sees that.
@@ -268,6 +269,11 @@ impl Inner {
         let result = body(&mut session).map_err(named);
         session.finish();
         result
+    }
+
+    /// Wakes those who wait for a host function or a hold.
+    pub fn wake(&self) {
+        self.callback_done.notify_all();
     }
 
     /// Looks at the state, or changes it, without being a call.

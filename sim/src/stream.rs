@@ -9,6 +9,7 @@ use crate::state::{Session, State};
 use crate::types::{STREAM_LEGACY, STREAM_PER_THREAD};
 use crate::work::Work;
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
 use torch_uvm::driver::{DeviceIndex, Stream};
 
 /// Streams are known inside by one number: a created stream's handle, or a default stream's own.
@@ -67,7 +68,7 @@ pub(crate) enum Tried {
     Empty,
     /// This must complete first.
     Blocked(Mark),
-    /// A host function runs.
+    /// A host function runs, or a hold is not released.
     Busy,
 }
 
@@ -197,6 +198,11 @@ impl State {
         let Some(item) = stream.queue.front() else { return Tried::Empty };
         if let Some(&first) = item.dependencies.iter().find(|mark| !self.is_done(**mark)) {
             return Tried::Blocked(first);
+        }
+        if let Work::Hold(released) = &item.work
+            && !released.load(Ordering::Relaxed)
+        {
+            return Tried::Busy;
         }
         let begun = item.dependencies.iter().filter_map(|mark| self.streams.get(&mark.key)).map(|s| s.time_ns).max();
         let begun = begun.unwrap_or(0).max(stream.time_ns).max(item.submitted_ns);

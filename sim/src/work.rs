@@ -7,6 +7,7 @@ use crate::physical::time;
 use crate::state::{Body, State};
 use crate::types::{Access, HostFunc, NodeKind, Rows};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use torch_uvm::driver::{DeviceIndex, Location, Range};
 
 /// Where a copy reads from.
@@ -44,6 +45,8 @@ pub(crate) enum Work {
         range: Range,
         prefetch: Option<Location>,
     },
+    /// Goes no further until the flag is set.
+    Hold(Arc<AtomicBool>),
     /// The place in the queue that an event stands for.
     Record {
         event: u64,
@@ -60,7 +63,7 @@ impl Work {
             Work::Set { .. } => Some(NodeKind::Memset),
             Work::Kernel { .. } => Some(NodeKind::Kernel),
             Work::Host(_) => Some(NodeKind::Host),
-            Work::Prefetch { .. } | Work::Discard { .. } | Work::Record { .. } | Work::Wait => None,
+            Work::Prefetch { .. } | Work::Discard { .. } | Work::Hold(_) | Work::Record { .. } | Work::Wait => None,
         }
     }
 }
@@ -145,7 +148,7 @@ impl State {
                 self.run_discard(range);
                 Ok(prefetch.map_or(0.0, |to| self.run_prefetch(range, to)))
             }
-            Work::Host(_) | Work::Record { .. } | Work::Wait => Ok(0.0),
+            Work::Host(_) | Work::Hold(_) | Work::Record { .. } | Work::Wait => Ok(0.0),
         }
     }
 
