@@ -1,24 +1,33 @@
 //! The project's commands: `cargo xtask …`.
+//!
+//! A reader should find a command in the file of its name; what several share lies in `environment` (the virtual
+//! environment with the patched PyTorch), `sim` (the simulator's libraries), `wheel` and the modules it is made of.
 
+mod demo;
 mod elf;
+mod environment;
 mod exports;
 mod fingerprint;
+mod lock;
 mod paths;
 mod pins;
 mod process;
 mod python;
 mod repack;
+mod sim;
 mod source;
 mod step;
+mod test;
 mod tools;
 mod tree;
 mod wheel;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Builds, runs and tests PyTorch with torch-uvm's allocator inside.
 #[derive(Parser)]
@@ -30,19 +39,65 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Makes the official wheel anew with our allocator in its libc10_cuda.so.
+    /// Runs a PyTorch program on unified memory: on the GPU if there is one, else on a simulated GH200
+    Demo {
+        #[command(flatten)]
+        torch: Torch,
+        /// Take the simulated GH200 even if there is a GPU.
+        #[arg(long)]
+        sim: bool,
+    },
+    /// Runs the tests; without a part, those that take minutes: rust and adapter
+    Test {
+        part: Option<test::Part>,
+        #[command(flatten)]
+        torch: Torch,
+        /// Arguments for pytest or PyTorch's test suite, after `--`.
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
+    /// Makes the official wheel anew with our allocator in its libc10_cuda.so
     Wheel(WheelArguments),
+    /// Measures the allocator against PyTorch's own, in the same wheel on the simulated device
+    Bench {
+        what: Benchmark,
+        #[command(flatten)]
+        torch: Torch,
+        /// Arguments for the benchmark, after `--`.
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
+    /// Runs any command on a simulated CUDA device
+    Sim {
+        #[command(flatten)]
+        machine: sim::Machine,
+        /// The command and its arguments, after `--`.
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Benchmark {
+    /// Nanoseconds of an allocation and a free
+    Hotpath,
+}
+
+#[derive(Args)]
+struct Torch {
+    /// The release of PyTorch.
+    #[arg(long = "torch", value_name = "VERSION", default_value = pins::DEFAULT_TORCH)]
+    version: String,
 }
 
 #[derive(Args)]
 struct WheelArguments {
-    /// The release of PyTorch.
-    #[arg(long, default_value = pins::DEFAULT_TORCH)]
-    torch: String,
+    #[command(flatten)]
+    torch: Torch,
     /// PyTorch's source, instead of Debian's source package.
     #[arg(long, value_name = "DIR")]
     pytorch_src: Option<PathBuf>,
-    /// The official CUDA wheel, instead of the package index's.
+    /// An official CUDA wheel, instead of the package index's.
     #[arg(long, value_name = "FILE")]
     official: Option<PathBuf>,
     /// Where the wheel goes [default: target/wheels].
@@ -65,16 +120,25 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
-        Command::Wheel(arguments) => {
-            let mut request = wheel::Request::usual(pins::release(&arguments.torch)?);
-            request.source = arguments.pytorch_src;
-            request.official = arguments.official;
-            request.unpatched = arguments.unpatched;
-            if let Some(out) = arguments.out {
-                request.out = out;
-            }
-            wheel::make(&request)?;
-            Ok(ExitCode::SUCCESS)
+        Command::Demo { torch, sim } => demo::run(&torch.version, sim),
+        Command::Test { part, torch, arguments } => test::run(part, &torch.version, &arguments),
+        Command::Wheel(arguments) => make_wheel(arguments),
+        Command::Bench { what: Benchmark::Hotpath, torch, arguments } => {
+            test::bench_hotpath(&torch.version, &arguments)
         }
+        Command::Sim { machine, command } => match sim::exec(&machine, &command)? {},
     }
+}
+
+fn make_wheel(arguments: WheelArguments) -> Result<ExitCode> {
+    let mut request = wheel::Request::usual(pins::release(&arguments.torch.version)?);
+    request.source = arguments.pytorch_src;
+    request.official = arguments.official;
+    request.unpatched = arguments.unpatched;
+    if let Some(out) = arguments.out {
+        request.out = out;
+    }
+    let _lock = lock::Lock::take()?;
+    wheel::make(&request)?;
+    Ok(ExitCode::SUCCESS)
 }

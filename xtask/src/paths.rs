@@ -16,11 +16,6 @@ pub fn target() -> PathBuf {
     }
 }
 
-/// Where results that a reader looks for are written: `target/` beside `Cargo.toml`, wherever cargo builds.
-pub fn reports() -> PathBuf {
-    root().join("target")
-}
-
 /// Files fetched from elsewhere, kept so that the next run does not fetch them again.
 pub fn downloads() -> PathBuf {
     target().join("downloads")

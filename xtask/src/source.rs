@@ -33,7 +33,7 @@ pub fn fetch(steps: &Steps, release: &TorchRelease, given: Option<&Path>) -> Res
     let folder = paths::pristine_sources().join(release.source.folder);
     steps.run(format!("unpack {}", release.source.tarball), |step| {
         let inputs = Fingerprint::new("unpack source").value("sha256", release.source.sha256);
-        let stamp = Stamp::new(folder.with_extension("stamp"), inputs);
+        let stamp = Stamp::new(folder.with_added_extension("stamp"), inputs);
         if stamp.is_fresh(&[&folder]) {
             step.up_to_date();
             return Ok(());

@@ -63,17 +63,21 @@ pub struct Overlay {
 /// Folders of one overlay: one for each release and Python.
 struct Folders {
     base: PathBuf,
+    official: PathBuf,
 }
 
 impl Folders {
     fn new(request: &Request, python: &Python) -> Self {
-        let kind = if request.unpatched { "-unpatched" } else { "" };
-        Self { base: paths::target().join(format!("overlay/{}-{}{kind}", request.release.version(), python.tag)) }
+        let name = format!("{}-{}", request.release.version(), python.tag);
+        let kind = if request.unpatched { "unpatched" } else { "uvm" };
+        let overlay = paths::target().join("overlay");
+        // The official wheel is the same for both kinds.
+        Self { base: overlay.join(format!("{kind}-{name}")), official: overlay.join(format!("official-{name}")) }
     }
 
     /// Members of the official wheel that are compiled and linked against.
     fn official(&self) -> PathBuf {
-        self.base.join("official")
+        self.official.clone()
     }
 
     /// The sources that are compiled.
@@ -112,7 +116,7 @@ pub fn make(request: &Request) -> Result<Overlay> {
     steps.run(if request.unpatched { "copy the sources" } else { "patch the sources" }, |step| {
         prepare_sources(step, request, &source, &folders)
     })?;
-    let library = steps.run("compile libc10_cuda.so", |step| compile(step, &venv, &folders, &cuda))?;
+    let library = steps.run("compile libc10_cuda.so", |step| compile(step, release, &venv, &folders, &cuda))?;
     let name = steps.run("check libc10_cuda.so against the official one", |step| {
         check(step, request, &official, &library, &users, &folders)
     })?;
@@ -214,12 +218,12 @@ fn cuda_headers(step: &Step, venv: &Venv, release: &TorchRelease) -> Result<Cuda
     for package in release.cuda_headers {
         inputs = inputs.value("package", &package.requirement());
     }
-    let stamp = Stamp::new(folder.with_extension("stamp"), inputs);
+    let stamp = Stamp::new(folder.with_added_extension("stamp"), inputs);
     if stamp.is_fresh(&[&folder]) {
         step.up_to_date();
     } else {
         stamp.clear()?;
-        let requirements = folder.with_extension("txt");
+        let requirements = folder.with_added_extension("txt");
         write_requirements(&requirements, release.cuda_headers)?;
         process::run(
             venv.pip(["install", "--no-deps", "--only-binary=:all:", "--require-hashes", "--quiet", "--upgrade"])
@@ -263,7 +267,7 @@ fn find_cuda(packages: &Path) -> Result<Cuda> {
 fn unpack_official(step: &Step, official: &Path, folders: &Folders) -> Result<Vec<User>> {
     let folder = folders.official();
     let notes = folder.join("imports.txt");
-    let stamp = Stamp::new(folders.stamp("official"), Fingerprint::new("official 1").big_file(official)?);
+    let stamp = Stamp::new(folder.with_added_extension("stamp"), Fingerprint::new("official 1").big_file(official)?);
     if stamp.is_fresh(&[&folder.join(C10), &folder.join(C10_CUDA), &notes]) {
         step.up_to_date();
         return read_imports(&notes);
@@ -401,7 +405,7 @@ fn apply(patch: &Path, tree: &Path) -> Result<()> {
     Ok(())
 }
 
-fn compile(step: &Step, venv: &Venv, folders: &Folders, cuda: &Cuda) -> Result<PathBuf> {
+fn compile(step: &Step, release: &TorchRelease, venv: &Venv, folders: &Folders, cuda: &Cuda) -> Result<PathBuf> {
     let official = folders.official();
     let c10 = official.join(C10);
     let abi = Library::read(&c10)?.cxx11_abi("c10").with_context(|| format!("cannot use {}", shown(&c10)))?;
@@ -426,7 +430,7 @@ fn compile(step: &Step, venv: &Venv, folders: &Folders, cuda: &Cuda) -> Result<P
         .arg(define("OVERLAY_CUDA_RUNTIME", &cuda.runtime_library.to_string_lossy()))
         .arg(define("OVERLAY_RUN_PATH", &run_path))
         .arg(define("GLIBCXX_USE_CXX11_ABI", if abi { "1" } else { "0" }))
-        .arg(define("TORCH_UVM_ROOT", &paths::root().to_string_lossy()));
+        .arg(define("TORCH_UVM_TORCH_VERSION", &version_number(release.version())?.to_string()));
     for command in [&mut configure, Command::new(venv.program("cmake")).arg("--build").arg(&build)] {
         command.env("USE_RUST_UVM", "1").env("TORCH_UVM_ROOT", paths::root()).env("CARGO_TARGET_DIR", paths::target());
         let log = folders.base.join(if command.get_args().any(|word| word == "--build") {
@@ -441,6 +445,15 @@ fn compile(step: &Step, venv: &Venv, folders: &Folders, cuda: &Cuda) -> Result<P
         step.up_to_date();
     }
     Ok(result)
+}
+
+/// A release as `cmake/TorchUvm.cmake` takes it: 206 for 2.6.0.
+fn version_number(version: &str) -> Result<u32> {
+    let mut parts = version.split('.').map(str::parse::<u32>);
+    match (parts.next(), parts.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => Ok(major * 100 + minor),
+        _ => bail!("«{version}» is no version of PyTorch"),
+    }
 }
 
 /// Checks that the rebuilt library can take the official one's place, and gives the name of the wheel it goes into.
@@ -516,6 +529,13 @@ mod tests {
         assert_eq!(glibc_base(&needing(&["GLIBC_2.17"])).unwrap(), (2, 17));
         assert!(glibc_base(&needing(&["GLIBC_2.17", "GLIBCXX_3.4.99"])).is_err());
         assert!(glibc_base(&needing(&[])).is_err());
+    }
+
+    #[test]
+    fn version_number_is_major_and_minor() {
+        assert_eq!(version_number("2.6.0").unwrap(), 206);
+        assert_eq!(version_number("2.14.1").unwrap(), 214);
+        assert!(version_number("nightly").is_err());
     }
 
     #[test]
