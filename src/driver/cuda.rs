@@ -323,7 +323,9 @@ impl Driver for CudaDriver {
     }
 
     fn host_memory(&self) -> Result<HostMemory> {
-        let gpu_nodes: Vec<i32> = self.devices()?.list.iter().filter_map(|device| device.memory_numa_node).collect();
+        // Where CUDA is not initialised yet it stays so: a process may ask and then fork.
+        let devices = self.devices.get().map_or(&[][..], |devices| &devices.list);
+        let gpu_nodes: Vec<i32> = devices.iter().filter_map(|device| device.memory_numa_node).collect();
         HostMemoryFiles::from_env().read(&gpu_nodes)
     }
 

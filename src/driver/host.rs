@@ -7,6 +7,7 @@
 //!
 //! The parsing functions are pure: text in, numbers or an error naming the file and the line out.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -22,8 +23,17 @@ pub const MEMINFO_VARIABLE: &str = "TORCH_UVM_MEMINFO";
 pub struct HostMemoryFiles {
     meminfo: PathBuf,
     cgroups: Option<CgroupFiles>,
-    /// The folder with a folder per NUMA node, `None` where the machine is simulated.
-    nodes: Option<PathBuf>,
+    /// Where NUMA nodes are described, `None` where the machine is simulated.
+    nodes: Option<NodeFiles>,
+}
+
+/// Where the NUMA nodes of the machine, and those that are GPUs' memory, are described.
+#[derive(Clone, Debug)]
+struct NodeFiles {
+    /// A folder per NUMA node.
+    root: PathBuf,
+    /// A folder per GPU, of the NVIDIA driver's making.
+    gpus: PathBuf,
 }
 
 /// Where the cgroups of this process are described.
@@ -44,13 +54,20 @@ impl HostMemoryFiles {
             None => Self {
                 meminfo: "/proc/meminfo".into(),
                 cgroups: Some(CgroupFiles { membership: "/proc/self/cgroup".into(), root: "/sys/fs/cgroup".into() }),
-                nodes: Some("/sys/devices/system/node".into()),
+                nodes: Some(NodeFiles {
+                    root: "/sys/devices/system/node".into(),
+                    gpus: "/proc/driver/nvidia/gpus".into(),
+                }),
             },
         }
     }
 
-    /// Reads them all. `gpu_nodes` are the NUMA nodes whose memory belongs to GPUs (GH200 in NUMA mode): the kernel
-    /// counts it among the machine's, and the allocator counts it on the device's side already.
+    /// Reads them all.
+    ///
+    /// Where a GPU's memory is a NUMA node (GH200 in NUMA mode) the kernel counts it among the machine's, and the
+    /// allocator on the device's side already: it is taken out. The NVIDIA driver names these nodes, also those of GPUs
+    /// that this process does not see; `gpu_nodes` are those that the caller knows of, for containers that hide the
+    /// driver's files.
     ///
     /// # Errors
     ///
@@ -59,9 +76,10 @@ impl HostMemoryFiles {
         let text = fs::read_to_string(&self.meminfo).map_err(|error| unreadable(&self.meminfo, &error))?;
         let mut memory = parse_meminfo(&text, &self.meminfo)?;
         if let Some(nodes) = &self.nodes {
-            for node in gpu_nodes {
-                let file = nodes.join(format!("node{node}/meminfo"));
-                let text = fs::read_to_string(&file).map_err(|error| unreadable(&file, &error))?;
+            for node in nodes.of_gpus(gpu_nodes)? {
+                let file = nodes.root.join(format!("node{node}/meminfo"));
+                // No such file: the memory is not online, and so not counted in the first place.
+                let Some(text) = read_if_there(&file)? else { continue };
                 let of_gpu = parse_node_meminfo(&text, &file)?;
                 memory.total = memory.total.saturating_sub(of_gpu.total);
                 memory.available = memory.available.saturating_sub(of_gpu.available);
@@ -77,6 +95,22 @@ impl HostMemoryFiles {
             }
         }
         Ok(memory)
+    }
+}
+
+impl NodeFiles {
+    /// The NUMA nodes that are GPUs' memory: those named by the driver's files, and `known`.
+    fn of_gpus(&self, known: &[i32]) -> Result<BTreeSet<i32>> {
+        let mut nodes: BTreeSet<i32> = known.iter().copied().collect();
+        // No such folder: no driver, or a container that hides it.
+        for gpu in fs::read_dir(&self.gpus).into_iter().flatten().flatten() {
+            let file = gpu.path().join("numa_status");
+            // Only there where the GPU's memory can be a node; a GPU that is not in use may refuse to be read.
+            if let Ok(text) = fs::read_to_string(&file) {
+                nodes.extend(parse_numa_status(&text, &file)?);
+            }
+        }
+        Ok(nodes)
     }
 }
 
@@ -206,6 +240,20 @@ fn kib(value: &str, file: &Path, line: usize) -> Result<u64> {
         .ok_or_else(|| malformed(file, line, &format!("expected a number of kB, found {:?}", value.trim())))
 }
 
+/// The node that a GPU's memory is, from the driver's `numa_status`: a line "Node:      1"; -1 is none.
+fn parse_numa_status(text: &str, file: &Path) -> Result<Option<i32>> {
+    for (number, line) in (1..).zip(text.lines()) {
+        if let Some(node) = line.strip_prefix("Node:") {
+            let node = node.trim();
+            let node: i32 = node
+                .parse()
+                .map_err(|_| malformed(file, number, &format!("expected the number of a node, found {node:?}")))?;
+            return Ok(Some(node).filter(|&node| node >= 0));
+        }
+    }
+    Ok(None)
+}
+
 /// The memory cgroups of this process, from `/proc/self/cgroup`: lines of `hierarchy:controllers:path`.
 fn parse_membership(text: &str, file: &Path) -> Result<Vec<Membership>> {
     let mut found = Vec::new();
@@ -312,7 +360,7 @@ mod tests {
             HostMemoryFiles {
                 meminfo: self.0.join("meminfo"),
                 cgroups: Some(CgroupFiles { membership: self.0.join("membership"), root: self.0.join("cgroup") }),
-                nodes: Some(self.0.join("node")),
+                nodes: Some(NodeFiles { root: self.0.join("node"), gpus: self.0.join("gpus") }),
             }
         }
 
@@ -396,9 +444,14 @@ mod tests {
             "node/node1/meminfo",
             "Node 1 MemTotal:  2097152 kB\nNode 1 MemFree:   1048576 kB\nNode 1 Inactive(file): 1024 kB\n",
         );
-        assert_eq!(sandbox.files().read(&[1]), Ok(mib(2048, 1023)));
-        let error = sandbox.files().read(&[2]).unwrap_err();
-        assert!(error.to_string().contains("node2/meminfo could not be read"), "{error}");
+        assert_eq!(sandbox.files().read(&[1]), Ok(mib(2048, 1023)), "known to the caller");
+        assert_eq!(sandbox.files().read(&[2]), Ok(mib(4096, 2048)), "not online");
+        sandbox.write("gpus/0009:01:00.0/information", "Model: x\n");
+        sandbox.write("gpus/0019:01:00.0/numa_status", "Node:      -1\nStatus:    disabled\n");
+        assert_eq!(sandbox.read(), Ok(mib(4096, 2048)), "no node");
+        sandbox.write("gpus/0009:01:00.0/numa_status", "Node:      1\nStatus:    online\n");
+        assert_eq!(sandbox.read(), Ok(mib(2048, 1023)), "known to the driver");
+        assert_eq!(sandbox.files().read(&[1]), Ok(mib(2048, 1023)), "counted once");
     }
 
     #[test]
@@ -411,6 +464,7 @@ mod tests {
             ("meminfo", "MemTotal: 18446744073709551615 kB\n", "meminfo, line 1: expected a number of kB"),
             ("meminfo", "MemTotal: 1 kB\n", "meminfo has no line MemAvailable"),
             ("meminfo", "", "meminfo has no line MemTotal"),
+            ("gpus/0/numa_status", "Node: one\n", "numa_status, line 1: expected the number of a node, found \"one\""),
             ("membership", "0::/\nnonsense\n", "membership, line 2: expected hierarchy:controllers:path"),
             ("cgroup/memory.max", "twelve\n", "memory.max, line 1: expected a number of bytes, found \"twelve\""),
             ("cgroup/memory.current", "\n", "memory.current, line 1: expected a number of bytes, found \"\""),

@@ -208,7 +208,8 @@ pub trait Driver: Send + Sync + 'static {
     /// Free and total device memory. While capturing: always.
     fn device_memory(&self, device: DeviceIndex) -> Result<DeviceMemory>;
 
-    /// Host memory that is left. Reads `/proc` and the cgroup: tens of microseconds, never on the hot path.
+    /// Host memory that is left. Reads `/proc` and the cgroup: tens of microseconds, never on the hot path. Does not
+    /// initialise CUDA.
     fn host_memory(&self) -> Result<HostMemory>;
 
     /// Reserves `bytes` (> 0) of managed address space, attached globally, in the context of `device`

@@ -188,6 +188,15 @@ fn kind_of(code: c_uint) -> ErrorKind {
 mod tests {
     use super::*;
 
+    #[cfg(unix)]
+    #[test]
+    fn a_library_without_an_entry_point_gives_an_error_that_names_it() {
+        // The test program itself: a library that has none of them.
+        let this: Library = libloading::os::unix::Library::this().into();
+        let error = Api::look_up(this).err().expect("the test program is no CUDA driver");
+        assert_eq!((error.kind, error.call), (ErrorKind::Unavailable, "cuInit"), "{error}");
+    }
+
     #[test]
     fn every_result_the_allocator_treats_differently_has_its_kind() {
         for (code, kind) in [
