@@ -9,7 +9,7 @@ namespace c10::cuda::CUDACachingAllocator::RustUvm {
 
 namespace {
 
-rust::Slice<const std::uint8_t> bytes(const std::string& text) {
+rust::Slice<const std::uint8_t> bytes(std::string_view text) {
   return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
 }
 
@@ -23,8 +23,8 @@ CUDAAllocator* chosen() {
   return torch_uvm::bridge::wanted_by_environment() ? &torch_uvm::UvmAllocator::instance() : nullptr;
 }
 
-void checkSettings(const std::string& settings) {
-  torch_uvm::check(torch_uvm::bridge::check_settings(bytes(settings), active()));
+void checkSettings(const char* settings) {
+  torch_uvm::check(torch_uvm::bridge::check_settings(bytes(settings ? settings : ""), active()));
 }
 
 void settingsChanged(const std::string& settings) {

@@ -6,8 +6,10 @@ use super::{ALLOCATOR, SETTINGS, convert, ffi};
 use crate::error::{Error, Result};
 use crate::options::Options;
 
+/// PyTorch's variable for all accelerators. Those versions that do not know it yet (up to 2.8) leave it to us alone.
+const ANY_ACCELERATOR: &str = "PYTORCH_ALLOC_CONF";
 /// PyTorch's variables, in the order in which they are read: the later one's keys win.
-const VARIABLES: [&str; 2] = ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"];
+const VARIABLES: [&str; 2] = [ANY_ACCELERATOR, "PYTORCH_CUDA_ALLOC_CONF"];
 
 /// The options until there is an allocator to keep them.
 pub(super) struct Settings {
@@ -29,14 +31,16 @@ impl Settings {
 }
 
 fn from_environment() -> Result<Options> {
-    VARIABLES.iter().try_fold(Options::default(), |options, variable| {
-        let conf = std::env::var_os(variable).unwrap_or_default();
-        let parsed = options.apply(&conf.to_string_lossy()).map_err(|error| match error {
-            Error::InvalidArgument(message) => Error::InvalidArgument(format!("{variable}: {message}")),
-            other => other,
-        })?;
-        Ok(parsed.options)
-    })
+    VARIABLES.iter().try_fold(Options::default(), |options, variable| apply_variable(&options, variable))
+}
+
+fn apply_variable(options: &Options, variable: &str) -> Result<Options> {
+    let conf = std::env::var_os(variable).unwrap_or_default();
+    let parsed = options.apply(&conf.to_string_lossy()).map_err(|error| match error {
+        Error::InvalidArgument(message) => Error::InvalidArgument(format!("{variable}: {message}")),
+        other => other,
+    })?;
+    Ok(parsed.options)
 }
 
 /// Whether the environment chooses this allocator. Called while libraries load: whatever is wrong with the settings is
@@ -46,10 +50,12 @@ pub(super) fn wanted_by_environment() -> bool {
     guarded(|| Ok(VARIABLES.into_iter().filter_map(wanted).last().unwrap_or(false))).unwrap_or(false)
 }
 
-/// Checks our part of a whole settings string. `active`: this allocator is PyTorch's backend.
+/// Checks our part of a whole settings string, and of the variable that PyTorch itself may not read. `active`: this
+/// allocator is PyTorch's backend.
 pub(super) fn check_settings(conf: &[u8], active: bool) -> bool {
     guarded(|| {
         let base = Options { enabled: active, ..Options::default() };
+        apply_variable(&base, ANY_ACCELERATOR)?;
         let wanted = base.apply(&String::from_utf8_lossy(conf))?.options.enabled;
         match (wanted, active) {
             (true, false) => Err(Error::InvalidArgument(
