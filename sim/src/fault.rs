@@ -98,6 +98,13 @@ entry_points! {
     IpcHandle: "ipc_handle", "cuIpcGetMemHandle", ["cudaIpcGetMemHandle"];
     IpcOpen: "ipc_open", "cuIpcOpenMemHandle", ["cuIpcOpenMemHandle_v2", "cudaIpcOpenMemHandle"];
     IpcClose: "ipc_close", "cuIpcCloseMemHandle", ["cudaIpcCloseMemHandle"];
+    AddressReserve: "address_reserve", "cuMemAddressReserve", [];
+    AddressFree: "address_free", "cuMemAddressFree", [];
+    PhysicalCreate: "physical_create", "cuMemCreate", [];
+    PhysicalRelease: "physical_release", "cuMemRelease", [];
+    Map: "map", "cuMemMap", [];
+    Unmap: "unmap", "cuMemUnmap", [];
+    SetAccess: "set_access", "cuMemSetAccess", [];
     CanAccessPeer: "can_access_peer", "cuDeviceCanAccessPeer", ["cudaDeviceCanAccessPeer"];
     EnablePeer: "enable_peer", "cuCtxEnablePeerAccess", ["cudaDeviceEnablePeerAccess"];
     DisablePeer: "disable_peer", "cuCtxDisablePeerAccess", ["cudaDeviceDisablePeerAccess"];

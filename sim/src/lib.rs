@@ -12,6 +12,7 @@ pub mod driver;
 pub mod error;
 mod event;
 pub mod fault;
+mod ipc;
 pub mod machine;
 mod machine_streams;
 mod managed;
@@ -21,6 +22,7 @@ pub mod profile;
 mod state;
 mod stream;
 pub mod types;
+mod virtual_memory;
 mod work;
 
 pub use driver::SimDriver;
@@ -28,7 +30,7 @@ pub use error::{Code, SimError, SimResult};
 pub use fault::{EntryPoint, Fault, Which};
 pub use machine::Machine;
 pub use machine_streams::Hold;
-pub use profile::{Config, ConfigError, Profile, Schedule};
+pub use profile::{Config, ConfigError, Profile, Schedule, parse_faults, parse_size};
 pub use torch_uvm::driver::{
     Advice, CaptureMode, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, Event, HostMemory, IpcHandle, Location,
     Range, Stream,

@@ -15,8 +15,7 @@ use crate::work::{Side, Work};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use torch_uvm::driver::{
-    Advice, CaptureMode, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, HostMemory, IpcHandle, Location, Range,
-    Stream,
+    Advice, CaptureMode, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, HostMemory, Location, Range, Stream,
 };
 
 /// A simulated CUDA machine: devices, host memory, streams. Cheap to clone; clones are the same machine. When the last
@@ -133,12 +132,12 @@ impl Machine {
             if bytes == 0 {
                 return Err(fail(Code::INVALID_VALUE, "0 bytes"));
             }
-            let rounded = s.pinned.rounded(bytes)?;
+            let rounded = s.zones.pinned.rounded(bytes)?;
             if rounded > s.physical.host_available() {
                 let left = s.physical.host_available();
                 return Err(fail(Code::OUT_OF_MEMORY, format!("{bytes} bytes of host memory: {left} are available")));
             }
-            let address = s.pinned.take(rounded)?;
+            let address = s.zones.pinned.take(rounded)?;
             s.physical.host.pinned += rounded;
             let (kind, id) = (PointerKind::PinnedHost, s.next_id());
             s.host_allocations.insert(address, HostAllocation { device, bytes, kind, zone: Some(rounded), id });
@@ -158,7 +157,7 @@ impl Machine {
             s.wait_for_all(None);
             s.find_host(ptr, PointerKind::PinnedHost, Code::INVALID_VALUE)?;
             if let Some(HostAllocation { zone: Some(rounded), .. }) = s.host_allocations.remove(&ptr) {
-                s.pinned.give(ptr, rounded);
+                s.zones.pinned.give(ptr, rounded);
                 s.physical.host.pinned -= rounded;
             }
             Ok(())
@@ -213,54 +212,6 @@ impl Machine {
         self.inner.call(EntryPoint::AddressRange, |s| match s.allocation_at(ptr.0) {
             Some((base, allocation)) => Ok(Range { ptr: DevicePtr(base), bytes: allocation.bytes }),
             None => Err(fail(Code::NOT_FOUND, format!("{ptr:?} is not device memory"))),
-        })
-    }
-
-    /// `cuIpcGetMemHandle`: device allocations only.
-    pub fn ipc_handle(&self, device: DeviceIndex, ptr: DevicePtr) -> SimResult<IpcHandle> {
-        self.inner.call(EntryPoint::IpcHandle, |s| {
-            s.check_device(device)?;
-            // Any address inside the allocation will do (measured).
-            let Some((base, allocation)) = s.allocation_at(ptr.0) else {
-                return Err(fail(Code::INVALID_VALUE, format!("{ptr:?} is not device memory")));
-            };
-            if allocation.body != Body::Device {
-                return Err(fail(Code::INVALID_VALUE, "CUDA gives no IPC handle for managed memory"));
-            }
-            let mut handle = [0; 64];
-            for (slot, word) in handle.chunks_exact_mut(8).zip([IPC_MAGIC, base, allocation.id, allocation.bytes]) {
-                slot.copy_from_slice(&word.to_le_bytes());
-            }
-            Ok(IpcHandle(handle))
-        })
-    }
-
-    /// `cuIpcOpenMemHandle`, in this process (CUDA itself refuses that; other processes are not simulated).
-    pub fn ipc_open(&self, device: DeviceIndex, handle: &IpcHandle) -> SimResult<DevicePtr> {
-        self.inner.call(EntryPoint::IpcOpen, |s| {
-            s.check_device(device)?;
-            let mut words =
-                handle.0.chunks_exact(8).map(|word| word.iter().rev().fold(0, |n, &b| n << 8 | u64::from(b)));
-            let (magic, ptr, id) = (words.next(), words.next().unwrap_or(0), words.next());
-            let live = s.allocations.get(&ptr).is_some_and(|allocation| Some(allocation.id) == id);
-            if magic != Some(IPC_MAGIC) || !live {
-                return Err(fail(Code::INVALID_VALUE, "the IPC handle names no live allocation of this process"));
-            }
-            *s.ipc_opened.entry(ptr).or_insert(0) += 1;
-            Ok(DevicePtr(ptr))
-        })
-    }
-
-    /// `cuIpcCloseMemHandle`.
-    pub fn ipc_close(&self, device: DeviceIndex, ptr: DevicePtr) -> SimResult<()> {
-        self.inner.call(EntryPoint::IpcClose, |s| {
-            s.check_device(device)?;
-            match s.ipc_opened.get_mut(&ptr.0) {
-                Some(count) if *count > 1 => *count -= 1,
-                Some(_) => drop(s.ipc_opened.remove(&ptr.0)),
-                None => return Err(fail(Code::INVALID_VALUE, format!("{ptr:?} was not opened by an IPC handle"))),
-            }
-            Ok(())
         })
     }
 
@@ -476,6 +427,8 @@ impl Machine {
                 host: s.host_allocations.iter().map(|(&p, h)| (p, h.bytes, h.kind)).collect(),
                 streams: s.created_streams.iter().map(|&key| Stream(key)).collect(),
                 events: s.events.keys().map(|&event| torch_uvm::driver::Event(event)).collect(),
+                physical: s.physical_handles.iter().map(|(&id, held)| (PhysicalId(id), held.bytes)).collect(),
+                reservations: s.reservations.iter().map(|(&base, &bytes)| (base, bytes)).collect(),
                 graphs: s.graphs.keys().map(|&graph| GraphId(graph)).collect(),
                 execs: s.execs.keys().map(|&exec| GraphExecId(exec)).collect(),
                 captures: s.captures.len(),
@@ -508,14 +461,11 @@ impl Machine {
     }
 }
 
-/// Marks an IPC handle of this simulator.
-const IPC_MAGIC: u64 = 0x4d49_532d_4d56_5554;
-
 impl Body {
     fn pointer_kind(self) -> PointerKind {
         match self {
-            Body::Device => PointerKind::Device,
             Body::Managed => PointerKind::Managed,
+            Body::Device | Body::Mapped { .. } | Body::Imported { .. } => PointerKind::Device,
         }
     }
 }
@@ -527,12 +477,12 @@ impl State {
         if bytes == 0 {
             return Err(fail(Code::INVALID_VALUE, "0 bytes"));
         }
-        let rounded = self.zone_for(bytes).rounded(bytes)?;
+        let rounded = self.zones.of(bytes, body).rounded(bytes)?;
         if body == Body::Device && !self.physical.take_plain(device as usize, rounded) {
             let free = self.physical.device_free(device as usize);
             return Err(fail(Code::OUT_OF_MEMORY, format!("{bytes} bytes on device {device}: {free} are free")));
         }
-        let address = match self.zone_for(bytes).take(rounded) {
+        let address = match self.zones.of(bytes, body).take(rounded) {
             Ok(address) => address,
             Err(error) => {
                 if body == Body::Device {
@@ -553,6 +503,7 @@ impl State {
     fn release(&mut self, address: u64) {
         let Some(allocation) = self.allocations.remove(&address) else { return };
         match allocation.body {
+            Body::Mapped { .. } | Body::Imported { .. } => {}
             Body::Device => {
                 self.physical.give_plain(allocation.device as usize, allocation.rounded);
                 self.clock_ns += self.costs().free_device;
@@ -565,13 +516,15 @@ impl State {
             }
         }
         self.ipc_opened.remove(&address);
-        self.zone_for(allocation.bytes).give(address, allocation.rounded);
+        self.zones.of(allocation.bytes, allocation.body).give(address, allocation.rounded);
     }
 
-    /// The allocation that begins at an address.
+    /// The allocation of `cuMemAlloc` or `cuMemAllocManaged` that begins at an address.
     fn find_allocation(&self, ptr: DevicePtr) -> Step<Allocation> {
-        self.allocations.get(&ptr.0).copied().ok_or_else(|| {
+        let found = self.allocations.get(&ptr.0).copied();
+        found.filter(|found| matches!(found.body, Body::Device | Body::Managed)).ok_or_else(|| {
             let why = match self.allocation_at(ptr.0) {
+                Some((base, _)) if base == ptr.0 => format!("{ptr:?} was mapped or opened, not allocated"),
                 Some((base, _)) => format!("{ptr:?} lies inside the allocation {base:#x}, not at its start"),
                 None if self.in_zones(ptr.0) => format!("{ptr:?} is not live: freed before?"),
                 None => format!("{ptr:?} is not an allocation of this machine"),

@@ -3,6 +3,8 @@
 //! Sizes and attributes are the makers'; speeds are measured on an H100 where there is a measurement, and
 //! carried over by the ratio of the links elsewhere. Ratios are to be trusted more than absolute figures.
 
+use crate::error::Code;
+use crate::fault::{EntryPoint, Fault, Which};
 use std::fmt;
 use torch_uvm::driver::DeviceInfo;
 
@@ -323,6 +325,8 @@ pub struct Config {
     pub schedule: Schedule,
     /// In [`Schedule::Late`], how often a query of pending work answers "not ready" before it completes.
     pub late_polls: u32,
+    /// Faults planted from the start.
+    pub faults: Vec<Fault>,
 }
 
 impl Config {
@@ -332,7 +336,7 @@ impl Config {
     /// One device of this profile, as late as possible.
     #[must_use]
     pub fn new(profile: Profile) -> Config {
-        Config { profile, devices: 1, schedule: Schedule::Late, late_polls: 3 }
+        Config { profile, devices: 1, schedule: Schedule::Late, late_polls: 3, faults: Vec::new() }
     }
 
     /// The machine most tests use: a GH200 with 2 GiB of HBM and 10 GiB of host memory.
@@ -392,6 +396,7 @@ impl Config {
     /// | `TORCH_UVM_SIM_DEVICES` | number of devices, 1 to 16 |
     /// | `TORCH_UVM_SIM_SEED` | a number, `late` or `eager` |
     /// | `TORCH_UVM_SIM_CONCURRENT` | `0` switches concurrent managed access off |
+    /// | `TORCH_UVM_SIM_FAIL` | calls that fail: `cudaMallocManaged@3=OUT_OF_MEMORY,cuMemAdvise=1`, see [`parse_faults`] |
     ///
     /// # Errors
     /// A bad value is an error that names the key, the value and what is allowed.
@@ -434,6 +439,7 @@ impl Config {
                         _ => return Err(ConfigError::new(key, value, "0 or 1")),
                     };
                 }
+                "TORCH_UVM_SIM_FAIL" => config.faults = parse_faults(key, value)?,
                 _ => {}
             }
         }
@@ -457,6 +463,30 @@ impl Config {
         let vars = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
         Config::from_vars(vars)
     }
+}
+
+/// The faults of a list such as `cudaMallocManaged@3=OUT_OF_MEMORY,cuMemAdvise=1,cuEventQuery@5+=UNKNOWN`: an entry point by
+/// any of its names (`any`: all of them); `@n` for the n-th call only, `@n+` for that and all later ones, nothing for every
+/// call; the error by name or number.
+///
+/// # Errors
+/// Names what is allowed.
+pub fn parse_faults(key: &str, value: &str) -> Result<Vec<Fault>, ConfigError> {
+    let parse = |text: &str| -> Option<Fault> {
+        let (call, code) = text.split_once('=')?;
+        let (name, which) = match call.split_once('@') {
+            None => (call, Which::Every),
+            Some((name, count)) => match count.strip_suffix('+') {
+                Some(from) => (name, Which::From(from.parse().ok()?)),
+                None => (name, Which::Nth(count.parse().ok()?)),
+            },
+        };
+        let call = if name == "any" { None } else { Some(EntryPoint::parse(name)?) };
+        Some(Fault { call, which, code: Code::parse(code)? })
+    };
+    let allowed = "a list of NAME[@n[+]]=ERROR such as cudaMallocManaged@3=OUT_OF_MEMORY";
+    let entries = value.split(',').map(str::trim).filter(|text| !text.is_empty());
+    entries.map(|text| parse(text).ok_or_else(|| ConfigError::new(key, text, allowed))).collect()
 }
 
 fn memory(key: &str, value: &str) -> Result<u64, ConfigError> {
@@ -526,6 +556,20 @@ mod tests {
     }
 
     #[test]
+    fn faults() {
+        let faults = parse_faults("", "cudaMallocManaged@3=OUT_OF_MEMORY, advise=1,any@5+=CUDA_ERROR_UNKNOWN").unwrap();
+        assert_eq!(
+            faults,
+            [
+                Fault { call: Some(EntryPoint::AllocManaged), which: Which::Nth(3), code: Code::OUT_OF_MEMORY },
+                Fault { call: Some(EntryPoint::Advise), which: Which::Every, code: Code::INVALID_VALUE },
+                Fault { call: None, which: Which::From(5), code: Code::UNKNOWN },
+            ]
+        );
+        assert_eq!(parse_faults("", "").unwrap(), []);
+    }
+
+    #[test]
     fn bad_variables_name_the_key_the_value_and_what_is_allowed() {
         for (key, value, allowed) in [
             ("TORCH_UVM_SIM_DEVICE", "gh300", "gh200-egm"),
@@ -535,6 +579,9 @@ mod tests {
             ("TORCH_UVM_SIM_DEVICES", "0", "1 to 16"),
             ("TORCH_UVM_SIM_SEED", "maybe", "late"),
             ("TORCH_UVM_SIM_CONCURRENT", "yes", "0 or 1"),
+            ("TORCH_UVM_SIM_FAIL", "cudaMango=2", "NAME[@n[+]]=ERROR"),
+            ("TORCH_UVM_SIM_FAIL", "cudaMalloc@x=2", "NAME[@n[+]]=ERROR"),
+            ("TORCH_UVM_SIM_FAIL", "cudaMalloc@1=12345", "NAME[@n[+]]=ERROR"),
         ] {
             let text = Config::from_vars([(key, value)]).unwrap_err().to_string();
             assert!(text.contains(key) && text.contains(value) && text.contains(allowed), "{text}");

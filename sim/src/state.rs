@@ -9,6 +9,7 @@ use crate::physical::Physical;
 use crate::profile::{Config, Costs, GIB, Schedule};
 use crate::stream::{Key, Mark, StreamState};
 use crate::types::{HostFunc, PointerKind};
+use crate::virtual_memory::PhysicalHandle;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::cell::Cell;
@@ -40,6 +41,16 @@ pub(crate) fn thread_number() -> u64 {
 pub(crate) enum Body {
     Device,
     Managed,
+    /// Physical memory mapped at a reserved address (`cuMemMap`); usable once access has been given.
+    Mapped {
+        physical: u64,
+        accessible: bool,
+    },
+    /// Another process's device memory (`cuIpcOpenMemHandle`).
+    Imported {
+        owner: (u32, u64),
+        opened: u64,
+    },
 }
 
 /// A live allocation.
@@ -65,13 +76,54 @@ pub(crate) struct HostAllocation {
     pub id: u64,
 }
 
+/// The address space, by what is in it.
+pub(crate) struct Zones {
+    /// Managed memory, reserved addresses (`cuMemAddressReserve`) and memory of other processes, from 2 MiB up.
+    pub managed: Zone,
+    /// Managed memory below 2 MiB.
+    pub managed_small: Zone,
+    /// Device memory, from 2 MiB up and below.
+    pub device: Zone,
+    pub device_small: Zone,
+    /// Pinned host memory.
+    pub pinned: Zone,
+}
+
+impl Zones {
+    fn new(machine_bytes: u64) -> Zones {
+        // Room for the whole machine several times over, so that freed addresses come back late.
+        let room = (2 * machine_bytes).max(64 * GIB);
+        Zones {
+            managed: Zone::new(crate::managed::PAGE, room),
+            managed_small: Zone::new(PAGE, 4 * GIB),
+            device: Zone::shared(crate::managed::PAGE, room),
+            device_small: Zone::shared(PAGE, 4 * GIB),
+            pinned: Zone::new(PAGE, 64 * GIB),
+        }
+    }
+
+    /// Where an allocation takes its addresses.
+    pub fn of(&mut self, bytes: u64, body: Body) -> &mut Zone {
+        match (body, bytes >= crate::managed::PAGE) {
+            (Body::Managed, true) => &mut self.managed,
+            (Body::Managed, false) => &mut self.managed_small,
+            (Body::Device, true) => &mut self.device,
+            (Body::Device, false) => &mut self.device_small,
+            (Body::Mapped { .. } | Body::Imported { .. }, _) => &mut self.managed,
+        }
+    }
+
+    /// The zone that holds an address.
+    pub fn holding(&self, address: u64) -> Option<&Zone> {
+        let all = [&self.managed, &self.device, &self.device_small, &self.managed_small, &self.pinned];
+        all.into_iter().find(|zone| zone.contains(address))
+    }
+}
+
 /// Everything that changes.
 pub(crate) struct State {
     pub config: Config,
-    /// Allocations of at least 2 MiB; smaller ones; pinned host memory.
-    pub large: Zone,
-    pub small: Zone,
-    pub pinned: Zone,
+    pub zones: Zones,
     pub allocations: BTreeMap<u64, Allocation>,
     pub host_allocations: BTreeMap<u64, HostAllocation>,
     pub physical: Physical,
@@ -91,7 +143,12 @@ pub(crate) struct State {
     pub execs: BTreeMap<u64, Arc<Graph>>,
     pub faults: Faults,
     pub peers: FxHashSet<(DeviceIndex, DeviceIndex)>,
+    /// Own allocations opened by their IPC handles, and how often.
     pub ipc_opened: FxHashMap<u64, u64>,
+    /// Reserved address ranges.
+    pub reservations: BTreeMap<u64, u64>,
+    /// Physical memory of `cuMemCreate`.
+    pub physical_handles: BTreeMap<u64, PhysicalHandle>,
     /// An illegal address was met: nothing works any more.
     pub broken: Option<(Code, String)>,
     pub clock_ns: u64,
@@ -108,10 +165,7 @@ impl State {
         let physical = Physical::new(&config);
         let machine = config.profile.device_memory * config.devices as u64 + config.profile.host_memory;
         let mut state = State {
-            // Room for the whole machine several times over, so that freed addresses come back late.
-            large: Zone::new(crate::managed::PAGE, (2 * machine).max(64 * GIB)),
-            small: Zone::new(PAGE, 4 * GIB),
-            pinned: Zone::new(PAGE, 64 * GIB),
+            zones: Zones::new(machine),
             allocations: BTreeMap::new(),
             host_allocations: BTreeMap::new(),
             physical,
@@ -129,6 +183,8 @@ impl State {
             faults: Faults::default(),
             peers: FxHashSet::default(),
             ipc_opened: FxHashMap::default(),
+            reservations: BTreeMap::new(),
+            physical_handles: BTreeMap::new(),
             broken: None,
             clock_ns: 0,
             last_id: 0,
@@ -138,6 +194,9 @@ impl State {
             notified: HostMemory { total: 0, available: 0 },
             config,
         };
+        for fault in state.config.faults.clone() {
+            state.faults.plant(fault);
+        }
         for device in 0..state.config.devices {
             let key = state.add_stream(device, true, true, 0);
             state.legacy_keys.push(key);
@@ -185,12 +244,7 @@ impl State {
 
     /// Whether an address is the machine's, live or freed.
     pub fn in_zones(&self, address: u64) -> bool {
-        self.large.contains(address) || self.small.contains(address) || self.pinned.contains(address)
-    }
-
-    /// Where an allocation takes its addresses.
-    pub fn zone_for(&mut self, bytes: u64) -> &mut Zone {
-        if bytes >= crate::managed::PAGE { &mut self.large } else { &mut self.small }
+        self.zones.holding(address).is_some()
     }
 
     pub fn host_memory(&self) -> HostMemory {

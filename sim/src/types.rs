@@ -93,6 +93,10 @@ pub struct StreamInfo {
     pub id: u64,
 }
 
+/// Physical device memory without an address (`CUmemGenericAllocationHandle`).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct PhysicalId(pub u64);
+
 /// A captured graph.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct GraphId(pub u64);
@@ -216,6 +220,10 @@ pub struct Live {
     pub streams: Vec<Stream>,
     /// Created events.
     pub events: Vec<Event>,
+    /// Physical memory of [`crate::Machine::physical_create`] that is held by a handle or a mapping, with its bytes.
+    pub physical: Vec<(PhysicalId, u64)>,
+    /// Reserved addresses, with their bytes.
+    pub reservations: Vec<(u64, u64)>,
     /// Graphs.
     pub graphs: Vec<GraphId>,
     /// Instantiated graphs.

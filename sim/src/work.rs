@@ -87,7 +87,9 @@ impl State {
     pub fn side(&self, address: u64, bytes: u64) -> Step<Side> {
         let end = address.checked_add(bytes).ok_or(Code::INVALID_VALUE)?;
         if let Some((base, allocation)) = self.allocation_at(address) {
-            if end > base + allocation.rounded {
+            if let Body::Mapped { .. } = allocation.body {
+                self.check_mapped(address, end)?;
+            } else if end > base + allocation.rounded {
                 return Err(fail(
                     Code::INVALID_VALUE,
                     format!(
@@ -97,8 +99,8 @@ impl State {
                 ));
             }
             return Ok(match allocation.body {
-                Body::Device => Side::Device(allocation.device),
                 Body::Managed => Side::Managed { base },
+                Body::Device | Body::Mapped { .. } | Body::Imported { .. } => Side::Device(allocation.device),
             });
         }
         if let Some((base, host)) = self.host_allocation_at(address) {
@@ -129,9 +131,11 @@ impl State {
                 let bytes = count * u64::from(width);
                 let side = self.side(dst, bytes)?;
                 let spent = self.access(device, side, dst, bytes, true);
-                let own = !matches!(side, Side::Pageable) && self.in_zones(dst);
+                // Mapped and imported memory is another file's: its pages are not the zone's to give back.
+                let own = self.allocation_at(dst).is_some_and(|(_, a)| matches!(a.body, Body::Device | Body::Managed));
+                let zone = if own { self.zones.holding(dst) } else { None };
                 // SAFETY: `side` found the range live (or the caller vouches for his own memory, as with CUDA).
-                unsafe { memory::fill(dst, value, width, count, own) };
+                unsafe { memory::fill(dst, value, width, count, zone) };
                 Ok(spent + time(bytes, self.costs().device_write))
             }
             Work::Kernel { accesses } => {
@@ -221,7 +225,9 @@ impl State {
         }
         let start = base + span.start as u64 * crate::managed::PAGE;
         let end = (base + span.end as u64 * crate::managed::PAGE).min(base + rounded);
-        memory::drop_pages(start, end - start);
+        if let Some(zone) = self.zones.holding(start) {
+            zone.drop_pages(start, end - start);
+        }
         for index in span {
             self.physical.discard_page(base, index);
         }
