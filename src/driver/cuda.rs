@@ -350,9 +350,6 @@ impl Driver for CudaDriver {
     }
 
     fn free(&self, device: DeviceIndex, ptr: DevicePtr) -> Result<()> {
-        if ptr.0 == 0 {
-            return Err(invalid_value("cuMemFree", "address 0 is no allocation".to_owned()));
-        }
         let _context = self.enter(device, "cuMemFree")?;
         // "Frees the memory space pointed to by dptr, which must have been returned by a previous call to one of the
         // following memory allocation APIs - cuMemAlloc() […] cuMemAllocManaged()": CUDA checks it, and answers
@@ -509,16 +506,6 @@ impl Driver for CudaDriver {
         // SAFETY: `handle` is writable; CUDA checks the address.
         unsafe { call!(self.api, cuIpcGetMemHandle(&raw mut handle, ptr.0)) }?;
         Ok(IpcHandle(handle.reserved.map(|byte| byte as u8)))
-    }
-}
-
-fn invalid_value(call: &'static str, message: String) -> DriverError {
-    DriverError {
-        kind: ErrorKind::InvalidValue,
-        call,
-        code: CUresult::CUDA_ERROR_INVALID_VALUE as i32,
-        name: "CUDA_ERROR_INVALID_VALUE".to_owned(),
-        message,
     }
 }
 

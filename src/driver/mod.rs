@@ -222,7 +222,7 @@ pub trait Driver: Send + Sync + 'static {
     fn alloc_device(&self, device: DeviceIndex, bytes: u64) -> Result<DevicePtr>;
 
     /// Frees what `alloc_managed` or `alloc_device` gave (`cuMemFree`): the address must be the first byte
-    /// of a live allocation. Waits for all work on the device, whatever the stream, also for memory that was never
+    /// of a live allocation; address 0 is no error. Waits for all work on the device, whatever the stream, also for memory that was never
     /// populated. While capturing: relaxed.
     fn free(&self, device: DeviceIndex, ptr: DevicePtr) -> Result<()>;
 
