@@ -5,7 +5,7 @@
 
 use crate::error::{Code, Fail, Step, fail};
 use crate::event::Recorded;
-use crate::state::{State, thread_number};
+use crate::state::{DONE, State, thread_number};
 use crate::stream::{Key, Mark, StreamCapture};
 use crate::types::{CaptureInfo, CaptureStatus, GraphNode};
 use crate::work::Work;
@@ -23,6 +23,13 @@ pub(crate) struct Node {
 #[derive(Clone, Default)]
 pub(crate) struct Graph {
     pub nodes: Vec<Node>,
+}
+
+/// An instantiated graph.
+pub(crate) struct Exec {
+    graph: Arc<Graph>,
+    /// Where its last launch ends: a graph never runs beside itself.
+    last: Mark,
 }
 
 /// A capture that has not ended.
@@ -305,12 +312,14 @@ impl State {
 
     pub fn add_exec(&mut self, graph: Arc<Graph>) -> u64 {
         let handle = 0x5850_0000_0000 + self.next_id() * 0x40;
-        self.execs.insert(handle, graph);
+        self.execs.insert(handle, Exec { graph, last: DONE });
         handle
     }
 
     /// Queues all nodes of a graph, in order; or makes them nodes of the stream's capture.
-    pub fn launch_graph(&mut self, key: Key, graph: &Graph) -> Step<()> {
+    pub fn launch_graph(&mut self, key: Key, exec: u64) -> Step<()> {
+        let found = self.execs.get(&exec).ok_or_else(|| fail(Code::INVALID_VALUE, "this is not a graph"))?;
+        let (graph, last) = (Arc::clone(&found.graph), found.last);
         if let Some(id) = self.capture_of(key) {
             let before = self.captured_nodes(key, id)?;
             let capture = self.captures.get_mut(&id).ok_or(Code::UNKNOWN)?;
@@ -330,8 +339,12 @@ impl State {
             return Ok(());
         }
         self.forbid_implicit(key)?;
+        let mut after = if self.is_done(last) { Vec::new() } else { vec![last] };
         for node in &graph.nodes {
-            self.submit(key, node.work.clone(), Vec::new())?;
+            let last = self.submit(key, node.work.clone(), std::mem::take(&mut after))?;
+            if let Some(exec) = self.execs.get_mut(&exec) {
+                exec.last = last;
+            }
         }
         Ok(())
     }

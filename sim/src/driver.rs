@@ -1,7 +1,5 @@
 //! The machine as the allocator's [`Driver`].
 
-use crate::error::{Code, SimError};
-use crate::fault::EntryPoint;
 use crate::machine::Machine;
 use crate::profile::Config;
 use crate::types::CaptureStatus;
@@ -62,11 +60,6 @@ impl Driver for SimDriver {
     }
 
     fn free(&self, device: DeviceIndex, ptr: DevicePtr) -> Result<()> {
-        if ptr.0 == 0 {
-            // The runtime's cudaFree(NULL) does nothing; the driver's cuMemFree(0) is an error.
-            let (code, call) = (Code::INVALID_VALUE, EntryPoint::Free.driver_name());
-            return Err(SimError { code, call, detail: "the address is null".to_owned() }.into());
-        }
         Ok(self.machine.free(device, ptr)?)
     }
 

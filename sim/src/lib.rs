@@ -1,8 +1,33 @@
 //! A simulated CUDA machine in host memory.
 //!
 //! One engine, [`Machine`], with two faces: [`SimDriver`] for Rust tests, and the crate `torch-uvm-sim-capi`, which stands in
-//! for CUDA's own libraries. Copies and memsets move real bytes; kernels do nothing; streams run late; managed memory has
-//! residency by 2 MiB page. See the repository's DESIGN on what it is for.
+//! for CUDA's own libraries.
+//!
+//! | is simulated | how |
+//! |---|---|
+//! | memory | real addresses with real bytes; reserved, not committed; freed memory has no access (`memory`) |
+//! | streams | queues that run late, so that memory reused too early is really corrupted (`stream`, [`Schedule`]) |
+//! | copies, memsets, host functions | done when the stream gets there (`work`) |
+//! | kernels | do nothing; a test may say what one touches ([`Access`]) |
+//! | capture and graphs | legality as measured on real devices (`capture`) |
+//! | managed memory | where each 2 MiB page is, advice, prefetch, discard, eviction, the books (`managed`, `physical`) |
+//! | time | a clock moved on by the costs of the [`Profile`], not by the host's |
+//! | failure | any call can be made to fail ([`Fault`]); a failed call has changed nothing |
+//!
+//! What it cannot see: plain loads and stores of the CPU (a test says [`Machine::host_touch`]), and what other processes'
+//! machines do (they share bytes through IPC handles, not books).
+//!
+//! ```
+//! use torch_uvm_sim::{Config, Location, Machine, Range, Stream};
+//!
+//! let machine = Machine::new(Config::small_gh200());
+//! let ptr = machine.alloc_managed(0, 16 << 30)?;
+//! machine.prefetch(0, Range { ptr, bytes: 1 << 30 }, Location::Device(0), Stream(0))?;
+//! machine.device_synchronize(0)?;
+//! assert_eq!(machine.residency().devices, [1 << 30]);
+//! assert_eq!(machine.device_memory(0)?.free, 1 << 30);
+//! # Ok::<(), torch_uvm_sim::SimError>(())
+//! ```
 
 #![deny(unsafe_op_in_unsafe_fn)]
 #![warn(missing_docs)]

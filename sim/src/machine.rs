@@ -418,6 +418,7 @@ impl Machine {
     #[must_use]
     pub fn live(&self) -> Live {
         self.inner.peek(|s| {
+            let created = s.streams.iter().filter(|(_, stream)| stream.created && !stream.destroyed);
             let mut live = Live {
                 allocations: s
                     .allocations
@@ -425,7 +426,7 @@ impl Machine {
                     .map(|(&p, a)| (DevicePtr(p), a.bytes, a.body.pointer_kind()))
                     .collect(),
                 host: s.host_allocations.iter().map(|(&p, h)| (p, h.bytes, h.kind)).collect(),
-                streams: s.created_streams.iter().map(|&key| Stream(key)).collect(),
+                streams: created.map(|(&key, _)| Stream(key)).collect(),
                 events: s.events.keys().map(|&event| torch_uvm::driver::Event(event)).collect(),
                 physical: s.physical_handles.iter().map(|(&id, held)| (PhysicalId(id), held.bytes)).collect(),
                 reservations: s.reservations.iter().map(|(&base, &bytes)| (base, bytes)).collect(),

@@ -154,7 +154,7 @@ impl Machine {
         self.inner.call(EntryPoint::StreamCreate, |s| {
             s.check_device(device)?;
             let key = s.add_stream(device, !non_blocking, false, priority.clamp(-5, 0));
-            s.created_streams.insert(key);
+            s.stream(key)?.created = true;
             Ok(Stream(key))
         })
     }
@@ -163,11 +163,10 @@ impl Machine {
     pub fn stream_destroy(&self, device: DeviceIndex, stream: Stream) -> SimResult<()> {
         self.inner.call(EntryPoint::StreamDestroy, |s| {
             let key = s.stream_key(device, stream)?;
-            if !s.created_streams.contains(&key) {
+            if !s.stream(key)?.created {
                 return Err(fail(Code::INVALID_HANDLE, "a default stream cannot be destroyed"));
             }
             s.forbid_on_capturing(key)?;
-            s.created_streams.remove(&key);
             let pending = s.active.contains(&key);
             let state = s.stream(key)?;
             state.destroyed = true;
@@ -380,11 +379,9 @@ impl Machine {
     /// `cuGraphLaunch`. Into a capturing stream: its nodes become part of that graph.
     pub fn graph_launch(&self, device: DeviceIndex, exec: GraphExecId, stream: Stream) -> SimResult<()> {
         self.inner.call(EntryPoint::GraphLaunch, |s| {
-            let graph = s.execs.get(&exec.0).ok_or_else(|| fail(Code::INVALID_VALUE, "this is not a graph"))?;
-            let graph = Arc::clone(graph);
             let key = s.stream_key(device, stream)?;
             s.clock_ns += s.costs().launch;
-            s.launch_graph(key, &graph)
+            s.launch_graph(key, exec.0)
         })
     }
 }

@@ -1,6 +1,6 @@
 //! The machine's state, the one lock around it, and the thread that runs host functions.
 
-use crate::capture::{Capture, Graph};
+use crate::capture::{Capture, Exec, Graph};
 use crate::error::{Code, Fail, SimError, SimResult, Step, fail};
 use crate::event::EventState;
 use crate::fault::{EntryPoint, Faults};
@@ -128,7 +128,6 @@ pub(crate) struct State {
     pub host_allocations: BTreeMap<u64, HostAllocation>,
     pub physical: Physical,
     pub streams: FxHashMap<Key, StreamState>,
-    pub created_streams: FxHashSet<Key>,
     pub legacy_keys: Vec<Key>,
     pub thread_streams: FxHashMap<(u64, DeviceIndex), Key>,
     /// Streams whose queues are not empty.
@@ -140,7 +139,7 @@ pub(crate) struct State {
     /// Threads whose capture mode is not the global one.
     pub thread_modes: FxHashMap<u64, CaptureMode>,
     pub graphs: BTreeMap<u64, Arc<Graph>>,
-    pub execs: BTreeMap<u64, Arc<Graph>>,
+    pub execs: BTreeMap<u64, Exec>,
     pub faults: Faults,
     pub peers: FxHashSet<(DeviceIndex, DeviceIndex)>,
     /// Own allocations opened by their IPC handles, and how often.
@@ -170,7 +169,6 @@ impl State {
             host_allocations: BTreeMap::new(),
             physical,
             streams: FxHashMap::default(),
-            created_streams: FxHashSet::default(),
             legacy_keys: Vec::new(),
             thread_streams: FxHashMap::default(),
             active: Vec::new(),

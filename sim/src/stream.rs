@@ -58,6 +58,8 @@ pub(crate) struct StreamState {
     /// When its last operation was done, by the simulated clock.
     pub time_ns: u64,
     pub capture: Option<StreamCapture>,
+    /// Made by the program, rather than a default stream.
+    pub created: bool,
     pub destroyed: bool,
     polls: u32,
 }
@@ -92,7 +94,7 @@ impl State {
             return Ok(key);
         }
         match self.streams.get(&stream.0) {
-            Some(state) if !state.destroyed && self.created_streams.contains(&stream.0) => Ok(stream.0),
+            Some(state) if state.created && !state.destroyed => Ok(stream.0),
             _ => Err(fail(Code::INVALID_HANDLE, format!("{:#x} is not a stream", stream.0))),
         }
     }
@@ -116,6 +118,7 @@ impl State {
                 busy: false,
                 time_ns: 0,
                 capture: None,
+                created: false,
                 destroyed: false,
                 polls: 0,
             },
