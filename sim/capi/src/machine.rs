@@ -25,6 +25,9 @@ pub const DRIVER_VERSION: i32 = 13_000;
 const MEMINFO: &str = "TORCH_UVM_MEMINFO";
 
 static MACHINE: OnceLock<Option<Machine>> = OnceLock::new();
+/// The devices that `CUDA_VISIBLE_DEVICES` lets through, by their place in the machine: the program's ordinals count
+/// these.
+static VISIBLE: OnceLock<Vec<i32>> = OnceLock::new();
 static MEMINFO_FILE: OnceLock<File> = OnceLock::new();
 /// Whether this process has used the machine; and whether it is a child, forked by one that had.
 static USED: AtomicBool = AtomicBool::new(false);
@@ -54,6 +57,11 @@ fn start() -> Option<Machine> {
             return None;
         }
     };
+    // All devices are alike, so a machine of only the visible ones does.
+    let visible = visible_devices(std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref(), config.devices);
+    let count = i32::try_from(visible.len()).ok().filter(|count| *count > 0)?;
+    let config = config.devices(count);
+    let _ = VISIBLE.set(visible);
     log::line(&format!("simulating {} x {}", config.devices, config.profile.device_name));
     let machine = Machine::new(config);
     machine.on_host_memory_change(|memory| {
@@ -63,6 +71,45 @@ fn start() -> Option<Machine> {
         }
     });
     Some(machine)
+}
+
+/// What `CUDA_VISIBLE_DEVICES` says of a machine of `devices`: ordinals or beginnings of UUIDs (`GPU-…`), up to the first
+/// that names no device.
+fn visible_devices(list: Option<&str>, devices: i32) -> Vec<i32> {
+    let Some(list) = list else {
+        return (0..devices).collect();
+    };
+    let mut visible = Vec::new();
+    for name in list.split(',').map(str::trim) {
+        let wanted = match name.strip_prefix("GPU-") {
+            Some(uuid) => (0..devices).find(|device| !uuid.is_empty() && uuid_text(*device).starts_with(uuid)),
+            None => name.parse().ok().filter(|device| (0..devices).contains(device)),
+        };
+        match wanted {
+            // CUDA takes a device named twice for a mistake, and shows none.
+            Some(device) if visible.contains(&device) => return Vec::new(),
+            Some(device) => visible.push(device),
+            None => break,
+        }
+    }
+    visible
+}
+
+fn uuid(device: i32) -> [u8; 16] {
+    let mut uuid = *b"torch-uvm-sim\0\0\0";
+    uuid[15] = device as u8;
+    // Told apart by its first byte too, so that a short beginning of its text will do.
+    uuid[0] = device as u8;
+    uuid
+}
+
+/// As `nvidia-smi -L` prints it, without `GPU-`.
+fn uuid_text(device: i32) -> String {
+    let mut text: String = uuid(device).iter().map(|byte| format!("{byte:02x}")).collect();
+    for at in [20, 16, 12, 8] {
+        text.insert(at, '-');
+    }
+    text
 }
 
 /// Always the same length, so that a reader never sees half of one text and half of another's length.
@@ -121,14 +168,17 @@ pub fn chip(device: i32) -> Outcome<Chip> {
 }
 
 impl Chip {
+    /// Its place in the machine.
+    fn place(&self) -> i32 {
+        VISIBLE.get().and_then(|visible| visible.get(self.index as usize).copied()).unwrap_or(self.index)
+    }
+
     pub fn uuid(&self) -> [u8; 16] {
-        let mut uuid = *b"torch-uvm-sim\0\0\0";
-        uuid[15] = self.index as u8;
-        uuid
+        uuid(self.place())
     }
 
     pub fn pci_bus(&self) -> i32 {
-        self.index + 1
+        self.place() + 1
     }
 
     pub fn pci_bus_id(&self) -> String {
@@ -155,4 +205,21 @@ pub fn exec(handle: Handle) -> GraphExecId {
 
 pub fn device_ptr<T>(pointer: *const T) -> DevicePtr {
     DevicePtr(pointer as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn visible_devices_are_those_before_the_first_unknown() {
+        assert_eq!(visible_devices(None, 3), [0, 1, 2]);
+        assert_eq!(visible_devices(Some("2, 0"), 3), [2, 0]);
+        assert_eq!(visible_devices(Some("1,7,0"), 3), [1]);
+        assert_eq!(visible_devices(Some("1,1"), 3), []);
+        assert_eq!(visible_devices(Some("GPU-01,GPU-00"), 3), [1, 0]);
+        for none in ["", "32", "-1", "GPU-", "NoDevFiles"] {
+            assert_eq!(visible_devices(Some(none), 3), [], "{none}");
+        }
+    }
 }

@@ -243,6 +243,87 @@ def managed_memory_works_beside():
 
 
 @test
+def both_runtimes_answer_by_their_own_version():
+    pointer = ctypes.c_uint64()
+    driver = ctypes.CDLL("libcuda.so.1")
+    assert driver.cuMemAllocManaged(ctypes.byref(pointer), ctypes.c_size_t(4 * MIB), 1) == 0
+    size = ctypes.c_size_t(4 * MIB)
+    for name, version, properties, host in (
+        ("libcudart.so.12", 12040, "cudaGetDeviceProperties_v2", (ctypes.c_int(-1), None)),
+        # A location (type host, id 0) is passed in one register; then the flags.
+        ("libcudart.so.13", 13000, "cudaGetDeviceProperties", (ctypes.c_uint64(2), ctypes.c_uint(0), None)),
+    ):
+        runtime = ctypes.CDLL(name)
+        value = ctypes.c_int()
+        assert runtime.cudaRuntimeGetVersion(ctypes.byref(value)) == 0 and value.value == version, (name, value)
+        assert runtime.cudaMemPrefetchAsync(pointer, size, *host) == 0, name
+        room = (ctypes.c_uint64 * 256)()
+        assert getattr(runtime, properties)(room, 0) == 0
+        assert room[36] == torch.cuda.mem_get_info()[1], "totalGlobalMem, in both after name, uuid and luid"
+    assert driver.cuCtxSynchronize() == 0
+    assert driver.cuMemFree_v2(pointer) == 0
+
+
+def python(script, **environment):
+    """What a script prints in a process of its own."""
+    environment = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@test
+def visible_devices_are_honoured():
+    count = "import torch; print(torch.cuda.device_count())"
+    assert python(count, CUDA_VISIBLE_DEVICES="32") == "0"
+    assert python(count, CUDA_VISIBLE_DEVICES="1,0", TORCH_UVM_SIM_DEVICES="3") == "2"
+
+
+@test
+def expandable_segments_expand():
+    script = """
+import torch
+a = torch.arange(1 << 20, dtype=torch.uint8)
+blocks = [a.cuda() for _ in range(80)]
+assert all(torch.equal(b.cpu(), a) for b in blocks)
+segments = torch.cuda.memory_snapshot()
+assert any(s["is_expandable"] for s in segments), segments
+del blocks
+torch.cuda.empty_cache()
+print(torch.cuda.memory_reserved())
+"""
+    assert python(script, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True") == "0"
+
+
+@test
+def other_processes_open_memory():
+    context = torch.multiprocessing.get_context("spawn")
+    data = pattern(MIB, 5)
+    here, there = context.Queue(), context.Queue()
+    child = context.Process(target=_child_of_other_processes_open_memory, args=(there, here))
+    child.start()
+    try:
+        shared = data.cuda()
+        there.put(shared)
+        assert here.get(timeout=120) == int(data.sum())
+        assert shared[0].item() == 255 and torch.equal(shared[1:].cpu(), data[1:]), "the child has written the first byte"
+    finally:
+        there.put(None)
+        child.join(120)
+    assert child.exitcode == 0
+
+
+def _child_of_other_processes_open_memory(inbox, outbox):
+    tensor = inbox.get()
+    total = int(tensor.cpu().sum())
+    tensor[:1].copy_(torch.tensor([255], dtype=torch.uint8))
+    torch.cuda.synchronize()
+    outbox.put(total)
+    del tensor
+    inbox.get()
+
+
+@test
 def a_forked_child_may_not_use_the_device():
     child = os.fork()
     if child == 0:

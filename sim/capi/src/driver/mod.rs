@@ -6,3 +6,4 @@ pub mod memory;
 pub mod modules;
 pub mod streams;
 pub mod symbols;
+pub mod virtual_memory;

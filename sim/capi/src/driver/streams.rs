@@ -8,6 +8,7 @@ use crate::errors::code;
 use crate::host_functions::{self, HostFunction};
 use crate::machine::Handle;
 use crate::ops;
+use crate::runtime::memory::IpcMemHandle;
 use crate::runtime::streams::{self, StreamCallback};
 
 entry_points! { driver;
@@ -95,6 +96,14 @@ entry_points! { driver;
     /// `cuEventElapsedTime_v2`.
     fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: Handle, end: Handle) {
         put(milliseconds, streams::elapsed(start, end)?)
+    }
+
+    /// `cuIpcGetEventHandle`.
+    fn cuIpcGetEventHandle(handle: *mut [u8; 64], what: Handle) { put(handle, streams::export_event(what)?) }
+
+    /// `cuIpcOpenEventHandle`.
+    fn cuIpcOpenEventHandle(what: *mut Handle, handle: IpcMemHandle) {
+        put(what, streams::import_event(&handle.bytes)?)
     }
 
     /// `cuEventDestroy_v2`.

@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr;
 use std::sync::OnceLock;
 
-use crate::entry::{Outcome, entry_points, put, put_optional};
+use crate::entry::{Failure, Outcome, entry_points, put, put_optional};
 use crate::errors::code;
 use crate::log;
 
@@ -91,7 +91,7 @@ unsafe fn look_up(name: *const c_char, to: *mut *mut c_void, version: c_int, sta
     }
     if found.is_none() {
         log::once(&format!("cuGetProcAddress: there is no {name}"));
-        Err(code::NOT_FOUND)?;
+        Err(Failure::told(code::NOT_FOUND))?;
     }
     Ok(())
 }

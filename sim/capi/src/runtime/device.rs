@@ -236,8 +236,8 @@ pub fn peer_attribute(attribute: c_int, device: c_int, peer: c_int) -> crate::en
     }
     let reachable = c_int::from(machine()?.can_access_peer(device, peer)?);
     Ok(match attribute {
-        1 => 0,                 // performance rank: the best
-        2 | 3 | 4 => reachable, // access, native atomics, CUDA array access
+        1 => 0,             // performance rank: the best
+        2..=4 => reachable, // access, native atomics, CUDA array access
         _ => Err(code::INVALID_VALUE)?,
     })
 }

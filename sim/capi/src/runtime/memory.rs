@@ -415,7 +415,7 @@ entry_points! { runtime;
     }
 }
 
-/// `cudaIpcMemHandle_t`.
+/// `cudaIpcMemHandle_t`, and `cudaIpcEventHandle_t`, which looks the same.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct IpcMemHandle {

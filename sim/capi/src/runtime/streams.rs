@@ -9,6 +9,7 @@ use crate::entry::{Outcome, entry_points, put};
 use crate::errors::{Code, code};
 use crate::host_functions::{self, HostFunction};
 use crate::machine::{Handle, event, machine, stream};
+use crate::runtime::memory::IpcMemHandle;
 
 /// `cudaStreamCallback_t` and `CUstreamCallback`.
 pub type StreamCallback = Option<unsafe extern "C" fn(Handle, Code, *mut c_void)>;
@@ -73,6 +74,26 @@ pub fn elapsed(start: Handle, end: Handle) -> Outcome<f32> {
 
 pub fn destroy_event(what: Handle) -> Outcome {
     Ok(machine()?.event_destroy(context::current_device(), event(what))?)
+}
+
+/// Marks a handle of `export_event`.
+const EVENT_HANDLE: [u8; 16] = *b"torch-uvm-event\0";
+
+/// `cudaIpcGetEventHandle`. Processes share no streams here, so the event is waited for when its handle is made: what
+/// another process opens has completed. (Recorded anew afterwards, it does not tell the others.)
+pub fn export_event(what: Handle) -> Outcome<[u8; 64]> {
+    synchronize_event(what)?;
+    let mut handle = [0; 64];
+    handle[..16].copy_from_slice(&EVENT_HANDLE);
+    Ok(handle)
+}
+
+/// `cudaIpcOpenEventHandle`: an event that has completed.
+pub fn import_event(handle: &[u8; 64]) -> Outcome<Handle> {
+    if handle[..16] != EVENT_HANDLE {
+        Err(code::INVALID_VALUE)?;
+    }
+    create_event(INTERPROCESS | DISABLE_TIMING)
 }
 
 fn ready(done: bool) -> Outcome {
@@ -152,6 +173,12 @@ entry_points! { runtime;
     fn cudaEventElapsedTime_v2(milliseconds: *mut f32, start: Handle, end: Handle) {
         put(milliseconds, elapsed(start, end)?)
     }
+
+    /// `cudaIpcGetEventHandle`.
+    fn cudaIpcGetEventHandle(handle: *mut [u8; 64], what: Handle) { put(handle, export_event(what)?) }
+
+    /// `cudaIpcOpenEventHandle`.
+    fn cudaIpcOpenEventHandle(what: *mut Handle, handle: IpcMemHandle) { put(what, import_event(&handle.bytes)?) }
 
     /// `cudaEventDestroy`.
     fn cudaEventDestroy(what: Handle) { destroy_event(what) }
