@@ -65,6 +65,8 @@ pub struct Block {
     pub has_uses: bool,
     /// Whether a context is kept for it.
     pub has_context: bool,
+    /// Whether it counted as oversize (`max_split_size_mb`) when it was handed out: the setting may change.
+    pub oversize: bool,
 }
 
 /// All blocks of one device, by index. Indices are reused; the arena only grows.
@@ -112,6 +114,7 @@ impl Blocks {
             state: BlockState::Free,
             has_uses: false,
             has_context: false,
+            oversize: false,
         };
         let id = match self.unused.pop() {
             Some(id) => {

@@ -71,6 +71,8 @@ pub struct Budget {
     device_only: bool,
     /// `set_per_process_memory_fraction`; 1 is no limit.
     fraction: Option<f64>,
+    /// Host memory that was available when this process had last populated none of it, in bytes.
+    host_baseline: Option<u64>,
 }
 
 impl Budget {
@@ -88,6 +90,7 @@ impl Budget {
             integrated: info.integrated,
             device_only: options.access_pattern == AccessPattern::Device,
             fraction: None,
+            host_baseline: None,
         }
     }
 
@@ -129,25 +132,39 @@ impl Budget {
             || (!self.device_only && populated.total().saturating_add(bytes) > self.device_memory)
     }
 
+    /// Takes note of what the host had before this process took any of it.
+    pub fn observe(&mut self, populated: &Populated, host: &HostMemory) {
+        if self.host_baseline.is_none() || self.own_on_host(populated) == 0 {
+            self.host_baseline = Some(host.available);
+        }
+    }
+
+    fn own_on_host(&self, populated: &Populated) -> u64 {
+        // Where there is one physical memory, everything populated is host memory too.
+        if self.integrated { populated.total() } else { populated.on_host(self.device_memory) }
+    }
+
     /// The cap on populated bytes: min(ratio × device memory, device memory + host memory left − reserve), where
-    /// what this process itself has populated in host memory is not "gone".
+    /// what this process itself has populated in host memory is not "gone". Population runs late (a prefetch is queued,
+    /// `balanced` waits for the first touch), so bytes may be counted as ours while the host still shows them available: together
+    /// they are never taken for more than there was at first.
     pub fn capacity(&self, populated: &Populated, host: Option<&HostMemory>) -> Exceeded {
         let ratio = if self.device_only { self.ratio_cap.min(self.device_memory) } else { self.ratio_cap };
         let Some(host) = host else { return Exceeded { limit: Limit::Ratio, capacity: ratio } };
-        let (own, device) = if self.integrated {
-            // One physical memory: everything populated is host memory too.
-            (populated.total(), 0)
-        } else {
-            (populated.on_host(self.device_memory), self.device_memory)
-        };
-        let left = host.available.saturating_sub(self.host_reserve(host));
+        let device = if self.integrated { 0 } else { self.device_memory };
         // Where less than the reserve is left, the deficit does not take what is populated already.
-        let physical = device.saturating_add(own).saturating_add(left);
+        let physical = device.saturating_add(self.host_share(populated, host)).max(populated.total());
         if physical < ratio && !self.device_only {
             Exceeded { limit: Limit::HostMemory, capacity: physical }
         } else {
             Exceeded { limit: Limit::Ratio, capacity: ratio }
         }
+    }
+
+    /// Host memory that this process may populate in all, in bytes.
+    fn host_share(&self, populated: &Populated, host: &HostMemory) -> u64 {
+        let ours = host.available.saturating_add(self.own_on_host(populated));
+        ours.min(self.host_baseline.unwrap_or(u64::MAX)).saturating_sub(self.host_reserve(host))
     }
 
     /// Whether `bytes` more, in `place`, may be populated. `host` is what [`crate::driver::Driver::host_memory`] says;
@@ -174,7 +191,7 @@ impl Budget {
         }
         // Bytes placed in host memory need host memory, however empty the device is.
         if let (Place::Host, Some(host)) = (place, host)
-            && bytes > host.available.saturating_sub(self.host_reserve(host))
+            && bytes > self.host_share(populated, host).saturating_sub(self.own_on_host(populated))
         {
             return Err(Exceeded { limit: Limit::HostMemory, capacity: cap.capacity });
         }
@@ -230,6 +247,10 @@ mod tests {
         // Populating in host memory lowers what is available, not the capacity.
         let populated = Populated { host: 3 * GIB, ..Populated::default() };
         assert_eq!(budget.capacity(&populated, Some(&host(8 * GIB, 5 * GIB))), cap);
+        // What is queued but not yet there is not counted twice.
+        let mut late = budget.clone();
+        late.observe(&Populated::default(), &host(8 * GIB, 8 * GIB));
+        assert_eq!(late.capacity(&populated, Some(&host(8 * GIB, 8 * GIB))), cap);
         // Someone else took the rest: nothing more goes in, though the device is empty.
         let squeezed = host(8 * GIB, GIB);
         assert_eq!(budget.admit(&populated, Place::Host, 512, Some(&squeezed)).unwrap_err().limit, Limit::HostMemory);

@@ -289,6 +289,7 @@ impl DeviceState {
         stats.requested_bytes.increase(small, request.bytes);
         if bytes >= self.native.max_split_size {
             stats.oversize_allocations.increase(1);
+            self.blocks[block].oversize = true;
         }
         if context.is_some() || self.tracing {
             self.remember_allocation(block, context);
@@ -356,7 +357,8 @@ impl DeviceState {
         let small = pools[freed.list].small;
         stats.allocation.decrease(small, 1);
         stats.allocated_bytes.decrease(small, bytes);
-        if bytes >= self.native.max_split_size {
+        if freed.oversize {
+            freed.oversize = false;
             stats.oversize_allocations.decrease(1);
         }
         freed.state = BlockState::Pending;
@@ -481,7 +483,11 @@ impl DeviceState {
         let block = self.find(ptr)?;
         // Uses on the allocation's own stream are ordered by the stream itself.
         if (device, stream) != (self.device, self.pools[self.blocks[block].list].stream) {
-            self.waits.record_use(block, (device, stream), !self.captures.is_empty());
+            // `captures` also holds MemPools in use. Only what really is captured needs no event afterwards; where CUDA
+            // does not say so, the event is recorded.
+            let captured =
+                !self.captures.is_empty() && self.driver.stream_is_capturing(device, stream).unwrap_or(false);
+            self.waits.record_use(block, (device, stream), captured);
             self.blocks[block].has_uses = true;
         }
         Ok(())

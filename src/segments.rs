@@ -71,6 +71,8 @@ pub struct Segment {
     pub memory: Memory,
     /// Where it is meant to live.
     pub place: Place,
+    /// Whether it counted as oversize (`max_split_size_mb`) when it was made: the setting may change.
+    pub oversize: bool,
     /// The free list that its blocks belong to.
     pub list: ListId,
     /// The block at the end of the populated part.

@@ -18,7 +18,7 @@ pub type StreamOn = (DeviceIndex, Stream);
 #[derive(Clone, Copy)]
 struct Use {
     stream: StreamOn,
-    /// Recorded only while a capture was underway: then the graph orders it, and no event is needed after.
+    /// Recorded only while the stream captured: then the graph orders it, and no event is needed after.
     captured: bool,
 }
 
@@ -43,12 +43,12 @@ impl Waits {
         self.pending.is_empty() && self.deferred.is_empty()
     }
 
-    /// Notes that a live block is used on another stream.
-    pub fn record_use(&mut self, block: BlockId, stream: StreamOn, capturing: bool) {
+    /// Notes that a live block is used on another stream; `captured`: by work that goes into a graph.
+    pub fn record_use(&mut self, block: BlockId, stream: StreamOn, captured: bool) {
         let uses = self.uses.entry(block).or_default();
         match uses.iter_mut().find(|u| u.stream == stream) {
-            Some(known) => known.captured &= capturing,
-            None => uses.push(Use { stream, captured: capturing }),
+            Some(known) => known.captured &= captured,
+            None => uses.push(Use { stream, captured }),
         }
     }
 

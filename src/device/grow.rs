@@ -174,9 +174,13 @@ impl DeviceState {
     }
 
     /// Whether the limits allow `bytes` more in `place`.
-    fn admit(&self, place: Place, bytes: u64) -> Result<std::result::Result<(), Exceeded>> {
-        let host =
-            if self.budget.needs_host(&self.populated, place, bytes) { Some(self.driver.host_memory()?) } else { None };
+    fn admit(&mut self, place: Place, bytes: u64) -> Result<std::result::Result<(), Exceeded>> {
+        let mut host = None;
+        if self.budget.needs_host(&self.populated, place, bytes) {
+            let now = self.driver.host_memory()?;
+            self.budget.observe(&self.populated, &now);
+            host = Some(now);
+        }
         Ok(self.budget.admit(&self.populated, place, bytes, host.as_ref()))
     }
 
@@ -329,6 +333,7 @@ impl DeviceState {
             self.segments.len() - 1
         });
         let id = SegmentId(slot as u32);
+        let oversize = !growing && populated >= self.native.max_split_size;
         let block = self.blocks.create(base.0, populated, id, list, (BlockId::NONE, BlockId::NONE));
         self.segments[slot] = Some(Segment {
             base,
@@ -337,6 +342,7 @@ impl DeviceState {
             growing,
             memory,
             place,
+            oversize,
             list,
             last: block,
             free_since: self.pools[list].requests,
@@ -351,7 +357,7 @@ impl DeviceState {
             self.growing.entry(list).or_default().push(id);
         } else {
             self.stats.segment.increase(self.pools[list].small, 1);
-            if populated >= self.native.max_split_size {
+            if oversize {
                 self.stats.oversize_segments.increase(1);
             }
         }
@@ -369,6 +375,7 @@ impl DeviceState {
         let segment = self.segment(id);
         let (base, populated, list, last) = (segment.base, segment.populated, segment.list, segment.last);
         let (growing, memory, place) = (segment.growing, segment.memory, segment.place);
+        let oversize = segment.oversize;
         let (freed, kept) = if growing {
             (Action::SegmentUnmap, Action::SegmentMap)
         } else {
@@ -396,7 +403,7 @@ impl DeviceState {
             }
         } else {
             self.stats.segment.decrease(small, 1);
-            if populated >= self.native.max_split_size {
+            if oversize {
                 self.stats.oversize_segments.decrease(1);
             }
         }

@@ -1,13 +1,13 @@
 //! What every caching allocator owes its program: rounding, best fit, splitting, merging, giving back, statistics.
 
 use crate::world::{GIB, MIB, World};
+use std::sync::Arc;
 use torch_uvm::driver::DevicePtr;
 use torch_uvm::error::Error;
 use torch_uvm::history::{Action, Context, RecordContext};
 use torch_uvm::options::NativeOptions;
 use torch_uvm::pools::DEFAULT_POOL;
 use torch_uvm_sim::{Config, PointerKind};
-use std::sync::Arc;
 
 #[test]
 fn freed_memory_is_handed_out_again() {
@@ -304,7 +304,9 @@ fn four_threads_share_a_device() {
             scope.spawn(move || {
                 let mut live = Vec::new();
                 for round in 0..2000_u64 {
-                    live.push(allocator.allocate(0, 512 + (round * 7919 * (thread + 1)) % (3 * MIB), stream, None).unwrap());
+                    live.push(
+                        allocator.allocate(0, 512 + (round * 7919 * (thread + 1)) % (3 * MIB), stream, None).unwrap(),
+                    );
                     if live.len() > 20 {
                         let index = (round as usize * 31) % live.len();
                         allocator.free(live.swap_remove(index), None).unwrap();

@@ -42,7 +42,7 @@ fn the_ratio_is_a_hard_cap() {
 fn the_host_is_a_hard_cap_less_its_reserve() {
     let world = World::new(Config::small_gh200(), "uvm_host_reserve_mb:3072");
     let (held, oom) = fill(&world, 512 * MIB);
-    assert_eq!(oom.limit, Limit::HostMemory);
+    assert_eq!(oom.limit, Limit::HostMemory, "{oom:?} {}", held.len());
     assert_eq!(oom.host_reserve, 3 * GIB);
     // 2 GiB + 10 GiB less the reserve, less what rounding and the headroom of the device leave unused.
     let total = held.len() as u64 * 512 * MIB;
@@ -56,8 +56,8 @@ fn the_host_is_a_hard_cap_less_its_reserve() {
 
 #[test]
 fn a_shrinking_host_ends_in_an_error() {
-    let world = World::small();
-    let (mut held, _) = (vec![world.empty(3 * GIB, 0).unwrap()], ());
+    let world = World::new(Config::small_gh200(), "uvm_access_pattern:cpu_first");
+    let mut held = vec![world.empty(3 * GIB, 0).unwrap()];
     world.machine.set_others_host_memory(9 * GIB);
     let oom = out_of_memory(world.empty(GIB, 0));
     assert_eq!(oom.limit, Limit::HostMemory);
@@ -112,12 +112,13 @@ fn the_last_bytes_of_the_cap_are_used() {
 
 #[test]
 fn gpu_first_fills_the_device_then_the_host_and_nothing_thrashes() {
-    let mut world = World::new(Config::small_gh200(), "uvm_device_limit_mb:1024");
-    let tensors: Vec<_> = (0..12).map(|_| world.tensor(256 * MIB, 0).unwrap()).collect();
+    let config = Config::small_gh200().device_memory(256 * MIB);
+    let mut world = World::new(config, "uvm_device_limit_mb:128");
+    let tensors: Vec<_> = (0..12).map(|_| world.tensor(32 * MIB, 0).unwrap()).collect();
     world.machine.device_synchronize(0).unwrap();
     let residency = world.machine.residency();
-    assert!(residency.devices[0] <= GIB, "{residency:?}");
-    assert!(residency.host >= 2 * GIB, "{residency:?}");
+    assert!(residency.devices[0] <= 128 * MIB, "{residency:?}");
+    assert!(residency.host >= 256 * MIB, "{residency:?}");
     let counters = world.machine.counters();
     assert_eq!((counters.device_faults, counters.evictions, counters.migrations), (0, 0, 0), "{counters:?}");
     for tensor in &tensors {

@@ -108,13 +108,33 @@ fn uses_recorded_in_a_capture_need_no_event_after_it() {
     let world = World::small();
     let ptr = world.empty(4096, 0).unwrap();
     world.begin_pool((0, 1), 2);
+    world.machine.begin_capture(0, world.streams[2], CaptureMode::Global).unwrap();
     world.allocator.record_stream(ptr, 0, world.streams[2]).unwrap();
     world.allocator.free(ptr, None).unwrap();
+    let graph = world.machine.end_capture(0, world.streams[2]).unwrap();
+    world.machine.graph_destroy(graph).unwrap();
     world.end_pool((0, 1));
     assert_eq!(world.empty(4096, 0).unwrap(), ptr);
     assert_eq!(world.machine.calls().get(&EntryPoint::EventRecord), None);
     world.allocator.free(ptr, None).unwrap();
     world.allocator.release_pool(0, (0, 1)).unwrap();
+    world.finish();
+}
+
+#[test]
+fn uses_recorded_while_a_mempool_is_in_use_are_waited_for() {
+    // A MemPool in use is no capture; `native` takes it for one here and reuses the block too early.
+    let mut world = World::small();
+    let tensor = world.tensor(64 * 1024, 0).unwrap();
+    world.begin_pool((1, 0), 2);
+    world.use_on(&tensor, 1);
+    world.free(tensor);
+    world.end_pool((1, 0));
+    let next = world.tensor(64 * 1024, 0).unwrap();
+    assert_ne!(next.ptr, tensor.ptr);
+    world.verify_copies();
+    world.free(next);
+    world.allocator.release_pool(0, (1, 0)).unwrap();
     world.finish();
 }
 
