@@ -405,7 +405,7 @@ impl Physical {
             self.count_fault(who);
             return spent + self.first_touch(base, index, who);
         }
-        if self.reaches(&page, who) && !(page.read_mostly && !write) {
+        if (write || !page.read_mostly) && self.reaches(&page, who) {
             let hot = self.coherent && page.heat + 1 >= HOT && page.preferred.place().is_none();
             if !hot {
                 self.counters.bytes_remote += bytes;

@@ -37,6 +37,9 @@ const SITUATIONS: [Situation; 12] = [
     OtherExchanged(Relaxed),
 ];
 
+/// A call to be tried.
+type Call = fn(&Bench) -> SimResult<()>;
+
 struct Bench {
     m: Machine,
     captured: Stream,
@@ -61,7 +64,7 @@ fn bench() -> Bench {
 }
 
 /// Makes a call in a situation: its code (0: success), and whether the capture was spoilt.
-fn try_in(situation: Situation, call: fn(&Bench) -> SimResult<()>) -> (i32, bool) {
+fn try_in(situation: Situation, call: Call) -> (i32, bool) {
     let b = bench();
     let (mode, elsewhere, exchanged) = match situation {
         Same(mode) => (mode, false, false),
@@ -101,7 +104,7 @@ fn range(ptr: DevicePtr) -> Range {
 
 #[test]
 fn always_legal() {
-    let calls: [(&str, fn(&Bench) -> SimResult<()>); 12] = [
+    let calls: [(&str, Call); 12] = [
         ("device_info", |b| b.m.device_info(0).map(drop)),
         ("device_memory", |b| b.m.device_memory(0).map(drop)),
         ("prefetch elsewhere", |b| b.m.prefetch(0, range(b.managed), Location::Device(0), b.other)),
@@ -124,7 +127,7 @@ fn always_legal() {
 
 #[test]
 fn unsafe_calls() {
-    let calls: [(&str, fn(&Bench) -> SimResult<()>); 9] = [
+    let calls: [(&str, Call); 9] = [
         ("alloc_managed", |b| b.m.alloc_managed(0, SIZE).map(drop)),
         ("alloc_device", |b| b.m.alloc_device(0, SIZE).map(drop)),
         ("free managed", |b| b.m.free(0, b.managed)),
@@ -146,7 +149,7 @@ fn unsafe_calls() {
 
 #[test]
 fn never_legal() {
-    let calls: [(&str, i32, fn(&Bench) -> SimResult<()>); 5] = [
+    let calls: [(&str, i32, Call); 5] = [
         ("prefetch there", 900, |b| b.m.prefetch(0, range(b.managed), Location::Device(0), b.captured)),
         ("stream_synchronize there", 900, |b| b.m.stream_synchronize(0, b.captured)),
         ("device_synchronize", 900, |b| b.m.device_synchronize(0)),
