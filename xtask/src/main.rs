@@ -7,6 +7,7 @@ mod demo;
 mod elf;
 mod environment;
 mod exports;
+mod faults;
 mod fingerprint;
 mod lock;
 mod paths;

@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use crate::environment::Environment;
+use crate::faults;
 use crate::paths;
 use crate::process;
 use crate::sim::{self, Simulator};
@@ -24,7 +25,9 @@ pub enum Part {
     Adapter,
     /// PyTorch's own test_cuda.py, with native and with uvm
     Pytorch,
-    /// rust, adapter and pytorch
+    /// Plants faults in the allocator, one after the other: the Rust tests must notice each
+    Faults,
+    /// All of these
     All,
 }
 
@@ -34,6 +37,7 @@ type Suite = (&'static str, fn(&str, &[String]) -> Result<()>);
 const RUST: Suite = ("rust", |_, _| rust());
 const ADAPTER: Suite = ("adapter", adapter);
 const PYTORCH: Suite = ("pytorch", pytorch);
+const FAULTS: Suite = ("faults", |_, _| faults::run());
 
 /// What belongs to a part; without one, all that takes minutes.
 fn suites(part: Option<Part>) -> &'static [Suite] {
@@ -42,7 +46,8 @@ fn suites(part: Option<Part>) -> &'static [Suite] {
         Some(Part::Rust) => &[RUST],
         Some(Part::Adapter) => &[ADAPTER],
         Some(Part::Pytorch) => &[PYTORCH],
-        Some(Part::All) => &[RUST, ADAPTER, PYTORCH],
+        Some(Part::Faults) => &[FAULTS],
+        Some(Part::All) => &[RUST, ADAPTER, PYTORCH, FAULTS],
     }
 }
 

@@ -391,7 +391,8 @@ fn check_headers(sources: &Path, official: &Path) -> Result<()> {
     Ok(())
 }
 
-fn apply(patch: &Path, tree: &Path) -> Result<()> {
+/// Applies a patch, once a dry run has shown that all of it applies.
+pub fn apply(patch: &Path, tree: &Path) -> Result<()> {
     let command = |more: &[&str]| {
         let mut command = Command::new("sh");
         // `patch` speaks of what fails on its standard output.
