@@ -135,28 +135,54 @@ impl Blocks {
         id
     }
 
-    /// Cuts a block (in no free list) after `bytes`; returns the new free block above.
+    /// Cuts the first `bytes` off a block; returns the new block below. The block itself keeps its place in its free
+    /// list, which must be told of its new size ([`FreeList::resized`]).
     #[inline]
-    pub fn split(&mut self, id: BlockId, bytes: u64) -> BlockId {
-        let block = self[id];
-        debug_assert!(bytes > 0 && bytes < block.bytes);
-        let rest = self.create(block.address + bytes, block.bytes - bytes, block.segment, block.list, (id, block.next));
-        self[id].bytes = bytes;
-        rest
+    pub fn split_front(&mut self, id: BlockId, bytes: u64) -> BlockId {
+        let Block { address, segment, list, prev, .. } = self[id];
+        debug_assert!(bytes > 0 && bytes < self[id].bytes);
+        let front = self.create(address, bytes, segment, list, (prev, id));
+        let rest = &mut self[id];
+        rest.address += bytes;
+        rest.bytes -= bytes;
+        front
     }
 
-    /// Joins two neighbours (in no free list) into the lower one, and forgets the upper.
+    /// Joins a block (in no free list) into the neighbour above it, and forgets the block. Returns the neighbour's
+    /// size before: its free list must be told ([`FreeList::resized`]).
     #[inline]
-    pub fn merge(&mut self, lower: BlockId, upper: BlockId) {
-        let above = self[upper];
-        debug_assert_eq!(self[lower].next, upper);
-        debug_assert_eq!(self[lower].address + self[lower].bytes, above.address);
-        self[lower].bytes += above.bytes;
-        self[lower].next = above.next;
-        if above.next.is_some() {
-            self[above.next].prev = lower;
+    pub fn merge_up(&mut self, lower: BlockId, upper: BlockId) -> u64 {
+        let Block { address, bytes, prev, next, .. } = self[lower];
+        debug_assert_eq!(next, upper);
+        debug_assert_eq!(address + bytes, self[upper].address);
+        let above = &mut self[upper];
+        let before = above.bytes;
+        above.address = address;
+        above.bytes += bytes;
+        above.prev = prev;
+        if prev.is_some() {
+            self[prev].next = upper;
+        }
+        self.unused.push(lower);
+        before
+    }
+
+    /// Joins a block (in no free list) into the neighbour below it, and forgets the block. Returns the neighbour's
+    /// size before: its free list must be told ([`FreeList::resized`]).
+    #[inline]
+    pub fn merge_down(&mut self, upper: BlockId, lower: BlockId) -> u64 {
+        let Block { address, bytes, prev, next, .. } = self[upper];
+        debug_assert_eq!(prev, lower);
+        let below = &mut self[lower];
+        debug_assert_eq!(below.address + below.bytes, address);
+        let before = below.bytes;
+        below.bytes += bytes;
+        below.next = next;
+        if next.is_some() {
+            self[next].prev = lower;
         }
         self.unused.push(upper);
+        before
     }
 
     /// Forgets the only block of a segment.
@@ -261,10 +287,30 @@ impl FreeList {
         self.bytes += size;
     }
 
+    /// A block in this list has changed its size, from `before` bytes. Most stay in their bin, at their place in it.
+    #[inline]
+    pub fn resized(&mut self, blocks: &mut Blocks, id: BlockId, before: u64) {
+        let Block { bin_prev, bin_next, bytes, .. } = blocks[id];
+        let in_order = bin_of(bytes) == bin_of(before)
+            && (!bin_prev.is_some() || blocks[bin_prev].bytes <= bytes)
+            && (!bin_next.is_some() || blocks[bin_next].bytes >= bytes);
+        if in_order {
+            self.bytes = self.bytes + bytes - before;
+        } else {
+            self.unlink(blocks, id, before);
+            self.insert(blocks, id);
+        }
+    }
+
     /// Takes a block out that is in this list.
     #[inline]
     pub fn remove(&mut self, blocks: &mut Blocks, id: BlockId) {
-        let Block { bin_prev, bin_next, bytes, .. } = blocks[id];
+        self.unlink(blocks, id, blocks[id].bytes);
+    }
+
+    /// Takes a block out that was listed with `bytes`.
+    fn unlink(&mut self, blocks: &mut Blocks, id: BlockId, bytes: u64) {
+        let Block { bin_prev, bin_next, .. } = blocks[id];
         if bin_next.is_some() {
             blocks[bin_next].bin_prev = bin_prev;
         }
@@ -389,6 +435,7 @@ mod tests {
         Insert(u64),
         Take(u64),
         Remove(prop::sample::Index),
+        Resize(prop::sample::Index, u64),
     }
 
     fn size() -> impl Strategy<Value = u64> {
@@ -403,6 +450,7 @@ mod tests {
             3 => size().prop_map(Op::Insert),
             2 => size().prop_map(Op::Take),
             1 => any::<prop::sample::Index>().prop_map(Op::Remove),
+            2 => (any::<prop::sample::Index>(), size()).prop_map(|(index, bytes)| Op::Resize(index, bytes)),
         ]
     }
 
@@ -436,7 +484,14 @@ mod tests {
                         list.remove(&mut blocks, BlockId(raw));
                         blocks.discard(BlockId(raw));
                     }
-                    Op::Remove(_) => {}
+                    Op::Resize(index, bytes) if !model.is_empty() => {
+                        let (before, raw) = *index.get(&model.iter().copied().collect::<Vec<_>>());
+                        model.remove(&(before, raw));
+                        model.insert((bytes, raw));
+                        blocks[BlockId(raw)].bytes = bytes;
+                        list.resized(&mut blocks, BlockId(raw), before);
+                    }
+                    Op::Remove(_) | Op::Resize(..) => {}
                 }
                 prop_assert_eq!(list.len(), model.len());
                 prop_assert_eq!(list.bytes(), model.iter().map(|&(bytes, _)| bytes).sum::<u64>());

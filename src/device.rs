@@ -184,7 +184,7 @@ impl DeviceState {
             self.process_events()?;
         }
         let request = self.request(bytes, stream);
-        Ok(match self.take(&request) {
+        Ok(match self.best_fit(&request) {
             Some(block) => Ok(self.hand_out(block, &request, context.take())),
             None => Err(request),
         })
@@ -203,13 +203,13 @@ impl DeviceState {
         self.captures.iter().find(|c| (c.filter)(stream)).map_or(PoolId::DEFAULT, |c| c.pool)
     }
 
-    /// Takes the best fitting free block out of the request's list.
+    /// The best fitting free block of the request's list, still in it.
     #[inline]
-    fn take(&mut self, request: &Request) -> Option<BlockId> {
+    fn best_fit(&mut self, request: &Request) -> Option<BlockId> {
         let max_split = self.native.max_split_size;
         let list = &mut self.pools[request.list];
         list.requests += 1;
-        let found = if max_split == u64::MAX {
+        if max_split == u64::MAX {
             list.free.best_fit(&self.blocks, request.rounded)
         } else {
             // Oversize blocks are segments of their own: neither split for small requests, nor wasted on much smaller ones.
@@ -219,10 +219,7 @@ impl DeviceState {
                 let growing = self.segments[block.segment.0 as usize].as_ref().is_some_and(|s| s.growing);
                 if oversize { !growing && block.bytes < ceiling } else { growing || block.bytes < max_split }
             })
-        };
-        let block = found?;
-        list.free.remove(&mut self.blocks, block);
-        Some(block)
+        }
     }
 
     /// Whether the rest of a block is worth a block of its own.
@@ -243,7 +240,7 @@ impl DeviceState {
         }
     }
 
-    /// Makes a block that was taken out of its list the program's, less what is worth a block of its own.
+    /// Makes a free block the program's, less what is worth a block of its own.
     #[inline]
     fn hand_out(&mut self, block: BlockId, request: &Request, context: Option<Context>) -> DevicePtr {
         let split = self.should_split(block, request);
@@ -257,23 +254,34 @@ impl DeviceState {
     }
 
     #[inline]
-    fn hand_out_part(&mut self, block: BlockId, request: &Request, split: bool, context: Option<Context>) -> DevicePtr {
-        let small = self.pools[self.blocks[block].list].small;
-        let fixed = !self.segment(self.blocks[block].segment).growing;
-        let was_split = self.blocks.is_split(block);
-        if split {
-            let rest = self.split_off(block, request.rounded);
-            if fixed {
-                if was_split {
-                    self.stats.inactive_split_bytes.decrease(small, request.rounded);
-                } else {
-                    self.stats.inactive_split_bytes.increase(small, self.blocks[rest].bytes);
-                    self.stats.inactive_split.increase(small, 1);
+    fn hand_out_part(&mut self, free: BlockId, request: &Request, split: bool, context: Option<Context>) -> DevicePtr {
+        let List { free: list, small, .. } = &mut self.pools[self.blocks[free].list];
+        let small = *small;
+        let was_split = self.blocks.is_split(free);
+        let before = self.blocks[free].bytes;
+        let block = if split {
+            // The front is handed out; what remains most often stays where it is in the list.
+            let front = self.blocks.split_front(free, request.rounded);
+            list.resized(&mut self.blocks, free, before);
+            front
+        } else {
+            list.remove(&mut self.blocks, free);
+            free
+        };
+        if !self.segment(self.blocks[block].segment).growing {
+            let inactive = (&mut self.stats.inactive_split, &mut self.stats.inactive_split_bytes);
+            match (split, was_split) {
+                (true, true) => inactive.1.decrease(small, request.rounded),
+                (true, false) => {
+                    inactive.0.increase(small, 1);
+                    inactive.1.increase(small, before - request.rounded);
                 }
+                (false, true) => {
+                    inactive.0.decrease(small, 1);
+                    inactive.1.decrease(small, before);
+                }
+                (false, false) => {}
             }
-        } else if fixed && was_split {
-            self.stats.inactive_split_bytes.decrease(small, self.blocks[block].bytes);
-            self.stats.inactive_split.decrease(small, 1);
         }
 
         let taken = &mut self.blocks[block];
@@ -304,18 +312,6 @@ impl DeviceState {
             self.blocks[block].has_context = true;
             self.contexts.insert(block, context);
         }
-    }
-
-    /// Cuts a taken block after `bytes` and puts the rest into the free list.
-    fn split_off(&mut self, block: BlockId, bytes: u64) -> BlockId {
-        let rest = self.blocks.split(block, bytes);
-        let Segment { last, .. } = self.segment_mut(self.blocks[block].segment);
-        if *last == block {
-            *last = rest;
-        }
-        let list = self.blocks[rest].list;
-        self.pools[list].free.insert(&mut self.blocks, rest);
-        rest
     }
 
     /// Whether this address is a live allocation of this device.
@@ -411,27 +407,33 @@ impl DeviceState {
         let List { free, small, requests, .. } = &mut pools[list];
         let small = *small;
         let segment = segments[segment.0 as usize].as_mut().expect("a block's segment lives as long as the block");
-        let (mut merged, mut gone, mut gone_bytes) = (block, 0, 0);
-        if next.is_some() && blocks[next].state == BlockState::Free {
-            free.remove(blocks, next);
-            gone += 1;
-            gone_bytes += blocks[next].bytes;
-            blocks.merge(merged, next);
-            if segment.last == next {
-                segment.last = merged;
+        let is_free = |id: BlockId, blocks: &Blocks| id.is_some() && blocks[id].state == BlockState::Free;
+        // How many free blocks, of how many bytes, the block now is one with.
+        let (merged, gone, gone_bytes) = match (is_free(prev, blocks), is_free(next, blocks)) {
+            (false, false) => {
+                free.insert(blocks, block);
+                (block, 0, 0)
             }
-        }
-        if prev.is_some() && blocks[prev].state == BlockState::Free {
-            free.remove(blocks, prev);
-            gone += 1;
-            gone_bytes += blocks[prev].bytes;
-            blocks.merge(prev, merged);
-            if segment.last == merged {
-                segment.last = prev;
+            (false, true) => {
+                let before = blocks.merge_up(block, next);
+                free.resized(blocks, next, before);
+                (next, 1, before)
             }
-            merged = prev;
-        }
-        free.insert(blocks, merged);
+            (true, upper) => {
+                let mut upper_bytes = 0;
+                if upper {
+                    free.remove(blocks, next);
+                    upper_bytes = blocks[next].bytes;
+                    blocks.merge_down(next, block);
+                }
+                let before = blocks.merge_down(block, prev);
+                free.resized(blocks, prev, before);
+                if segment.last == block || (upper && segment.last == next) {
+                    segment.last = prev;
+                }
+                (prev, 1 + u64::from(upper), before + upper_bytes)
+            }
+        };
         let split = blocks.is_split(merged);
         if !split {
             segment.free_since = *requests;

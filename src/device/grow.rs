@@ -81,20 +81,20 @@ impl DeviceState {
     fn obtain(&mut self, request: &Request, context: &Option<Context>) -> Result<Obtained> {
         self.collect_garbage(context)?;
         let Err(mut exceeded) = self.new_memory(request, context)? else {
-            return Ok(self.take(request).ok_or(self.lost()));
+            return Ok(self.best_fit(request).ok_or(self.lost()));
         };
         if self.captures.is_empty() {
             if self.release_oversize(request, context)? && self.new_memory(request, context)?.is_ok() {
-                return Ok(self.take(request).ok_or(self.lost()));
+                return Ok(self.best_fit(request).ok_or(self.lost()));
             }
             self.release_cached(DEFAULT_POOL, context)?;
             self.stats.num_alloc_retries += 1;
             // Waiting for events may have freed enough in partly used segments.
-            if let Some(block) = self.take(request) {
+            if let Some(block) = self.best_fit(request) {
                 return Ok(Ok(block));
             }
             match self.new_memory(request, context)? {
-                Ok(()) => return Ok(self.take(request).ok_or(self.lost())),
+                Ok(()) => return Ok(self.best_fit(request).ok_or(self.lost())),
                 Err(again) => exceeded = again,
             }
         }
@@ -114,7 +114,7 @@ impl DeviceState {
         let lenders: Vec<PoolId> = self.pools.ids().filter(|&pool| self.pools[pool].use_on_oom).collect();
         lenders.into_iter().find_map(|pool| {
             let list = self.pools.list_for(pool, request.rounded, request.stream);
-            self.take(&Request { list, ..*request })
+            self.best_fit(&Request { list, ..*request })
         })
     }
 

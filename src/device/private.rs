@@ -312,7 +312,6 @@ impl DeviceState {
         let mut holes = Vec::new();
         for block in &then.blocks[..=end] {
             let free = self.segment(id).last;
-            self.pools[list].free.remove(&mut self.blocks, free);
             // A free block counts as a request for all of it, so that statistics go up and down by the same.
             let bytes = if block.allocated { block.requested } else { block.bytes };
             let request = Request { bytes, rounded: block.bytes, stream, list };
