@@ -12,6 +12,7 @@
 #![allow(non_snake_case)] // the entry points' names are CUDA's
 #![allow(clippy::missing_safety_doc, clippy::too_many_arguments)]
 
+mod blas;
 mod context;
 mod driver;
 mod entry;
