@@ -7,10 +7,17 @@ import torch
 MIB = 1 << 20
 
 
+# Words of randomness, and two odd numbers that make every seed's and every row's words different.
+_WORDS = torch.randint(-(2**62), 2**62, (1 << 13,), dtype=torch.int64, generator=torch.Generator().manual_seed(1))
+_OF_SEED, _OF_ROW = 0x9E3779B97F4A7C1, 0x1F83D9ABFB41BD6B
+
+
 def pattern(seed: int, count: int) -> torch.Tensor:
-    """`count` bytes in host memory, the same for the same seed and different for any other."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+    """`count` bytes in host memory, the same for the same seed and different for any other, wherever one looks."""
+    of_seed = (seed * _OF_SEED + 2**63) % 2**64 - 2**63  # as 64-bit words wrap around
+    rows = torch.arange(count // (8 * _WORDS.numel()) + 1, dtype=torch.int64)
+    words = _WORDS + of_seed + (rows * _OF_ROW).unsqueeze(1)
+    return words.flatten().view(torch.uint8)[:count]
 
 
 def block(count: int, device: str | torch.device = "cuda") -> torch.Tensor:
@@ -27,8 +34,9 @@ def filled(seed: int, count: int, device: str | torch.device = "cuda") -> torch.
 
 def check(tensor: torch.Tensor, seed: int, what: str = "tensor") -> None:
     """Fails unless the tensor holds the pattern of this seed."""
-    wrong = (tensor.cpu() != pattern(seed, tensor.numel())).nonzero()
-    if wrong.numel():
+    found, expected = tensor.cpu(), pattern(seed, tensor.numel())
+    if not torch.equal(found, expected):
+        wrong = (found != expected).nonzero()
         raise AssertionError(f"{what}: {wrong.shape[0]} of {tensor.numel()} bytes differ, the first at {int(wrong[0])}")
 
 

@@ -58,7 +58,8 @@ class Patterns:
 
     def make(self, seed: int, count: int) -> Any:
         """`count` bytes in host memory. An odd factor times the seed, added to each word, tells the tensors apart."""
-        return (self._base[: count // 8] + seed * 0x9E3779B97F4A7C1).view(self._torch.uint8)
+        factor = (seed * 0x9E3779B97F4A7C1 + 2**63) % 2**64 - 2**63  # as 64-bit words wrap around
+        return (self._base[: count // 8] + factor).view(self._torch.uint8)
 
     def verify(self, tensor: Any, seed: int, what: str) -> None:
         """Reads a tensor back from the device and compares it byte for byte."""

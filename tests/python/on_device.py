@@ -6,8 +6,12 @@
         ...
 
 pytest itself never touches CUDA. A decorated test is run in a fork of a nursery (nursery.py) that has loaded PyTorch
-with the test's allocator configuration; it fails if it raises, crashes, hangs, or does not end with status 0. The
-body may take parameters (`pytest.mark.parametrize`) of types that JSON knows, and `conf` may name them in braces.
+with the test's allocator; it fails if it raises, crashes, hangs, or does not end with status 0. The body may take
+parameters (`pytest.mark.parametrize`) of types that JSON knows, and `conf` may name them in braces.
+
+Which allocator a process has is decided when PyTorch is loaded, so each backend has a nursery. The other options, and
+the simulated machine, are read from the environment when CUDA is first used: the fork sets them before. (test_backend.py
+and test_bad_input.py start whole processes instead.)
 
 `--backend native` runs the tests with PyTorch's own allocator, without those that are about `uvm_…` options
 (`uvm_only=True`): that is how the tests themselves are tested.
@@ -17,8 +21,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,12 +30,8 @@ from typing import Any
 import simulated
 from nursery import Client, in_fork, serve
 
-HERE = Path(__file__).resolve().parent
-#: Each holds a few hundred megabytes.
-MOST_NURSERIES = 3
-
 backend = "uvm"
-_nurseries: OrderedDict[tuple[tuple[str, str], ...], Client] = OrderedDict()
+_nurseries: dict[str, Client] = {}
 
 
 def for_backend(conf: str) -> str:
@@ -41,16 +41,13 @@ def for_backend(conf: str) -> str:
     return ",".join(item for item in conf.split(",") if item and not item.startswith(("use_uvm", "uvm_")))
 
 
-def _nursery(variables: dict[str, str]) -> Client:
-    """The nursery with these variables, started if there is none; the one unused for longest makes room."""
-    key = tuple(sorted(variables.items()))
-    if key not in _nurseries:
-        while len(_nurseries) >= MOST_NURSERIES:
-            _nurseries.popitem(last=False)[1].close()
-        conf = variables.get("PYTORCH_CUDA_ALLOC_CONF", "no configuration")
-        _nurseries[key] = Client(f"the tests with {conf}", [sys.executable, str(Path(__file__).resolve())], variables)
-    _nurseries.move_to_end(key)
-    return _nurseries[key]
+def _nursery(name: str) -> Client:
+    """The nursery of a backend, started if there is none."""
+    if name not in _nurseries:
+        variables = simulated.environment("use_uvm:True" if name == "uvm" else "", require=True)
+        command = [sys.executable, str(Path(__file__).resolve())]
+        _nurseries[name] = Client(f"the tests with {name}", command, variables)
+    return _nurseries[name]
 
 
 def close_nurseries() -> None:
@@ -72,15 +69,16 @@ def on_device(
             if uvm_only and backend != "uvm":
                 pytest.skip("about the uvm allocator only")
             chosen = for_backend(conf.format(**arguments) if arguments else conf)
-            variables = simulated.environment(chosen, require=True, **machine)
+            expected = "uvm" if "use_uvm:True" in chosen else "native"
             request = {
                 "file": body.__code__.co_filename,
                 "test": body.__qualname__,
                 "arguments": arguments,
                 "timeout": timeout,
-                "backend": "native" if "use_uvm:True" not in chosen else "uvm",
+                "backend": expected,
+                "variables": simulated.environment(chosen, require=True, **machine),
             }
-            ended = _nursery(variables).ask(request)
+            ended = _nursery(expected).ask(request)
             if ended["status"] != 0:
                 pytest.fail(f"{ended['ending']}\n{ended['output']}", pytrace=False)
 
@@ -94,11 +92,15 @@ def _carry_out(request: dict[str, Any]) -> None:
     """In the fork: loads the test's file and runs its body."""
     import torch
 
+    for variable in os.environ.keys() - request["variables"].keys():
+        del os.environ[variable]
+    os.environ.update(request["variables"])
     found = torch.cuda.get_allocator_backend()
     if found != request["backend"]:
         raise RuntimeError(
             f"the allocator backend is {found!r}, not {request['backend']!r}: is this the patched wheel?"
         )
+    torch.cuda.init()  # without it, there are no statistics
     specification = importlib.util.spec_from_file_location("test_file", request["file"])
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)

@@ -105,6 +105,7 @@ def load_test_module(code: Any, path: Path) -> Any:
     module.__file__ = str(path)
     sys.modules["test_cuda"] = module
     exec(code, module.__dict__)
+    del module.load_tests  # refuses to load tests of any but the running script
     return module
 
 
@@ -124,7 +125,11 @@ def carry_out(request: str, code: Any, path: Path) -> dict[str, Any]:
     import torch
 
     if request == "?":
-        return {"capability": torch.cuda.get_device_capability(), "backend": torch.cuda.get_allocator_backend()}
+        return {
+            "backend": torch.cuda.get_allocator_backend(),
+            "devices": torch.cuda.device_count(),
+            "capability": torch.cuda.get_device_capability(),
+        }
     module = load_test_module(code, path)
     if request == "*":
         return {"tests": all_tests(unittest.defaultTestLoader.loadTestsFromModule(module))}
@@ -159,7 +164,7 @@ def nursery(test_file: Path, expected_backend: str, timeout: float) -> None:
     # The helpers ask whether there is a GPU, and which, while they are imported. Asking CUDA would make every fork
     # unusable, so a fork has asked, and its answers are given.
     stand_ins = {
-        (torch.cuda, "is_available"): lambda: True,
+        (torch._C, "_cuda_getDeviceCount"): lambda: facts["devices"],
         (torch.cuda, "get_device_capability"): lambda device=None: tuple(facts["capability"]),
         (torch.utils._triton, "has_triton"): lambda: importlib.util.find_spec("triton") is not None,
     }

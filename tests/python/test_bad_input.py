@@ -145,7 +145,6 @@ def test_freeing_an_unknown_pointer() -> None:
 @on_device()
 def test_freeing_nothing() -> None:
     """A null pointer is no error."""
-    torch.cuda.init()
     torch.cuda.caching_allocator_delete(0)
     check(filled(1, MIB), 1)
 
@@ -153,7 +152,6 @@ def test_freeing_nothing() -> None:
 @on_device()
 def test_bad_arguments() -> None:
     """Devices that are not there, fractions that are none, pools that are gone."""
-    torch.cuda.init()
     for what, call in {
         "a fraction of 1.5": lambda: torch.cuda.set_per_process_memory_fraction(1.5),
         "a fraction below 0": lambda: torch.cuda.set_per_process_memory_fraction(-0.5),
@@ -173,7 +171,6 @@ def test_bad_arguments() -> None:
 @on_device()
 def test_statistics_of_a_device_that_is_not_there() -> None:
     """An error, not a crash."""
-    torch.cuda.init()
     for call in (
         torch.cuda.memory_stats,
         torch.cuda.reset_peak_memory_stats,

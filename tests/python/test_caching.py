@@ -32,6 +32,7 @@ def test_a_freed_block_is_used_again() -> None:
         tensor = block(count)
         same(tensor.data_ptr(), address, f"{count} bytes again")
         same(torch.cuda.memory_reserved(), reserved)
+        del tensor
 
 
 @on_device()
@@ -134,7 +135,7 @@ def test_roundup_power2_divisions() -> None:
     del tensor
 
 
-@on_device("use_uvm:True,garbage_collection_threshold:0.6,max_split_size_mb:20")
+@on_device("use_uvm:True,garbage_collection_threshold:0.6,max_split_size_mb:40")
 def test_garbage_collection_threshold() -> None:
     """Above the threshold, old cached blocks are given back before memory grows."""
     torch.cuda.set_per_process_memory_fraction(0.25)  # 512 MiB, of which 60 % are 307

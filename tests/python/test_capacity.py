@@ -181,7 +181,6 @@ def test_each_pattern_holds_more_than_the_device(pattern: str) -> None:
 @on_device("use_uvm:True,uvm_access_pattern:gpu_first,uvm_prefetch:True", uvm_only=True)
 def test_gpu_first_populates_the_device() -> None:
     """The device's free memory falls by what is populated there."""
-    torch.cuda.init()
     before = torch.cuda.mem_get_info()[0]
     tensor = block(512 * MIB)
     torch.cuda.synchronize()
@@ -192,7 +191,6 @@ def test_gpu_first_populates_the_device() -> None:
 @on_device("use_uvm:True,uvm_access_pattern:cpu_first", uvm_only=True)
 def test_cpu_first_leaves_the_device_alone() -> None:
     """The device's free memory stays as it is."""
-    torch.cuda.init()
     before = torch.cuda.mem_get_info()[0]
     tensor = filled(1, 512 * MIB)
     torch.cuda.synchronize()
@@ -203,7 +201,6 @@ def test_cpu_first_leaves_the_device_alone() -> None:
 @on_device("use_uvm:True,uvm_prefetch:False", uvm_only=True)
 def test_without_prefetch_nothing_is_populated_ahead() -> None:
     """Memory that is not written to takes no room on the device."""
-    torch.cuda.init()
     before = torch.cuda.mem_get_info()[0]
     tensor = block(512 * MIB)
     torch.cuda.synchronize()
@@ -215,7 +212,6 @@ def test_without_prefetch_nothing_is_populated_ahead() -> None:
 @on_device("use_uvm:True,uvm_prefetch_threshold_mb:256", uvm_only=True)
 def test_the_prefetch_threshold() -> None:
     """Allocations of at least this size are not prefetched, smaller ones are."""
-    torch.cuda.init()
     start = torch.cuda.mem_get_info()[0]
     large = block(512 * MIB)
     torch.cuda.synchronize()
@@ -230,7 +226,6 @@ def test_the_prefetch_threshold() -> None:
 @on_device("use_uvm:True,uvm_device_limit_mb:512", uvm_only=True)
 def test_the_device_limit() -> None:
     """Beyond it, memory is placed in the host's: the device keeps the rest free, and nothing is lost."""
-    torch.cuda.init()
     before = torch.cuda.mem_get_info()[0]
     tensors = [filled(seed, 128 * MIB) for seed in range(12)]
     torch.cuda.synchronize()

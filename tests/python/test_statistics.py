@@ -213,7 +213,6 @@ def test_caching_can_be_switched_off_and_on() -> None:
     """`caching_allocator_enable`: blocks of either kind can be freed under either setting."""
     from contents import check, filled
 
-    torch.cuda.init()
     cached = filled(1, 2 * MIB)
     torch.cuda.caching_allocator_enable(False)
     same(torch._C._cuda_isHistoryEnabled() if hasattr(torch._C, "_cuda_isHistoryEnabled") else False, False)
