@@ -57,6 +57,8 @@ pub struct Block {
     bin_next: BlockId,
     /// Where it lies.
     pub segment: SegmentId,
+    /// Whether that segment grows.
+    pub growing: bool,
     /// Where it goes when it is freed.
     pub list: ListId,
     /// What it is doing.
@@ -97,7 +99,7 @@ impl Blocks {
         &mut self,
         address: u64,
         bytes: u64,
-        segment: SegmentId,
+        (segment, growing): (SegmentId, bool),
         list: ListId,
         (prev, next): (BlockId, BlockId),
     ) -> BlockId {
@@ -110,6 +112,7 @@ impl Blocks {
             bin_prev: BlockId::NONE,
             bin_next: BlockId::NONE,
             segment,
+            growing,
             list,
             state: BlockState::Free,
             has_uses: false,
@@ -139,9 +142,9 @@ impl Blocks {
     /// list, which must be told of its new size ([`FreeList::resized`]).
     #[inline]
     pub fn split_front(&mut self, id: BlockId, bytes: u64) -> BlockId {
-        let Block { address, segment, list, prev, .. } = self[id];
+        let Block { address, segment, growing, list, prev, .. } = self[id];
         debug_assert!(bytes > 0 && bytes < self[id].bytes);
-        let front = self.create(address, bytes, segment, list, (prev, id));
+        let front = self.create(address, bytes, (segment, growing), list, (prev, id));
         let rest = &mut self[id];
         rest.address += bytes;
         rest.bytes -= bytes;
@@ -464,7 +467,7 @@ mod tests {
             for op in ops {
                 match op {
                     Op::Insert(bytes) => {
-                        let id = blocks.create(0x1000, bytes, SEGMENT, LIST, (BlockId::NONE, BlockId::NONE));
+                        let id = blocks.create(0x1000, bytes, (SEGMENT, true), LIST, (BlockId::NONE, BlockId::NONE));
                         list.insert(&mut blocks, id);
                         model.insert((bytes, id.0));
                     }

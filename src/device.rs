@@ -13,7 +13,7 @@ pub use private::{PoolState, Restored};
 pub use snapshot::{BlockInfo, SegmentInfo};
 
 use crate::allocator::{Hooks, StreamFilter};
-use crate::blocks::{BlockId, BlockState, Blocks, ListId, MIN_BLOCK};
+use crate::blocks::{Block, BlockId, BlockState, Blocks, ListId, MIN_BLOCK};
 use crate::budget::{Budget, Populated};
 use crate::driver::{DeviceIndex, DeviceInfo, DevicePtr, Driver, IpcHandle, Stream};
 use crate::error::{Error, Result};
@@ -55,6 +55,10 @@ pub struct Allocation {
 struct Capture {
     pool: PoolId,
     filter: StreamFilter,
+}
+
+fn live_segment(segments: &mut [Option<Segment>], id: SegmentId) -> &mut Segment {
+    segments[id.0 as usize].as_mut().expect("a SegmentId is only kept while its segment lives")
 }
 
 /// Everything known about one device.
@@ -216,8 +220,11 @@ impl DeviceState {
             let ceiling = request.rounded.saturating_add(self.native.max_non_split_rounding_size);
             let oversize = request.rounded >= max_split;
             list.free.find(&self.blocks, request.rounded, |block| {
-                let growing = self.segments[block.segment.0 as usize].as_ref().is_some_and(|s| s.growing);
-                if oversize { !growing && block.bytes < ceiling } else { growing || block.bytes < max_split }
+                if oversize {
+                    !block.growing && block.bytes < ceiling
+                } else {
+                    block.growing || block.bytes < max_split
+                }
             })
         }
     }
@@ -225,15 +232,13 @@ impl DeviceState {
     /// Whether the rest of a block is worth a block of its own.
     #[inline]
     fn should_split(&self, block: BlockId, request: &Request) -> bool {
-        let rest = self.blocks[block].bytes - request.rounded;
-        if rest == 0 {
+        let Block { bytes, list, growing, .. } = self.blocks[block];
+        let rest = bytes - request.rounded;
+        let list = &self.pools[list];
+        if rest == 0 || list.no_split {
             return false;
         }
-        let list = &self.pools[self.blocks[block].list];
-        if self.pools[list.pool].no_split {
-            return false;
-        }
-        if list.small || self.segment(self.blocks[block].segment).growing {
+        if list.small || growing {
             rest >= MIN_BLOCK
         } else {
             request.rounded < self.native.max_split_size && rest > crate::segments::SMALL_LIMIT
@@ -268,7 +273,7 @@ impl DeviceState {
             list.remove(&mut self.blocks, free);
             free
         };
-        if !self.segment(self.blocks[block].segment).growing {
+        if !self.blocks[block].growing {
             let inactive = (&mut self.stats.inactive_split, &mut self.stats.inactive_split_bytes);
             match (split, was_split) {
                 (true, true) => inactive.1.decrease(small, request.rounded),
@@ -392,7 +397,8 @@ impl DeviceState {
         }
         let Self { blocks, pools, stats, segments, contexts, waits, .. } = self;
         let freed = &mut blocks[block];
-        let (bytes, requested, list, segment) = (freed.bytes, freed.requested, freed.list, freed.segment);
+        let (bytes, requested, list) = (freed.bytes, freed.requested, freed.list);
+        let (segment, growing) = (freed.segment, freed.growing);
         let (prev, next) = (freed.prev, freed.next);
         freed.state = BlockState::Free;
         freed.requested = 0;
@@ -406,7 +412,6 @@ impl DeviceState {
         }
         let List { free, small, requests, .. } = &mut pools[list];
         let small = *small;
-        let segment = segments[segment.0 as usize].as_mut().expect("a block's segment lives as long as the block");
         let is_free = |id: BlockId, blocks: &Blocks| id.is_some() && blocks[id].state == BlockState::Free;
         // How many free blocks, of how many bytes, the block now is one with.
         let (merged, gone, gone_bytes) = match (is_free(prev, blocks), is_free(next, blocks)) {
@@ -428,17 +433,17 @@ impl DeviceState {
                 }
                 let before = blocks.merge_down(block, prev);
                 free.resized(blocks, prev, before);
-                if segment.last == block || (upper && segment.last == next) {
-                    segment.last = prev;
+                if !blocks[prev].next.is_some() {
+                    live_segment(segments, segment).last = prev;
                 }
                 (prev, 1 + u64::from(upper), before + upper_bytes)
             }
         };
         let split = blocks.is_split(merged);
         if !split {
-            segment.free_since = *requests;
+            live_segment(segments, segment).free_since = *requests;
         }
-        if !segment.growing {
+        if !growing {
             stats.inactive_split.decrease(small, gone);
             stats.inactive_split_bytes.decrease(small, gone_bytes);
             if split {
@@ -534,7 +539,7 @@ impl DeviceState {
 
     #[inline]
     fn segment_mut(&mut self, id: SegmentId) -> &mut Segment {
-        self.segments[id.0 as usize].as_mut().expect("a SegmentId is only kept while its segment lives")
+        live_segment(&mut self.segments, id)
     }
 
     /// Starts or stops the history.

@@ -20,6 +20,9 @@ impl PoolId {
     pub const DEFAULT: Self = Self(0);
 }
 
+/// No pool has this index.
+const NOTHING_RECENT: (PoolId, Stream, [ListId; 2]) = (PoolId(u32::MAX), Stream(0), [ListId(u32::MAX); 2]);
+
 /// One pool: the default one, a CUDA graph's, or a `torch.cuda.MemPool`.
 pub struct Pool {
     /// PyTorch's name for it.
@@ -32,8 +35,7 @@ pub struct Pool {
     pub custom: Option<CustomAllocator>,
     /// Other pools may take its free blocks before they run out of memory.
     pub use_on_oom: bool,
-    /// Its blocks are handed out whole.
-    pub no_split: bool,
+    no_split: bool,
     lists: FxHashMap<Stream, [ListId; 2]>,
 }
 
@@ -49,6 +51,8 @@ pub struct List {
     pub stream: Stream,
     /// How often a block was asked of it: the clock of garbage collection.
     pub requests: u64,
+    /// Its blocks are handed out whole. The pool's, kept where the hot path looks.
+    pub no_split: bool,
 }
 
 /// All pools and free lists of one device.
@@ -57,12 +61,19 @@ pub struct Pools {
     by_id: FxHashMap<MempoolId, PoolId>,
     lists: Vec<List>,
     unused_lists: Vec<ListId>,
+    /// The lists found last: most requests come from one stream.
+    recent: (PoolId, Stream, [ListId; 2]),
 }
 
 impl Default for Pools {
     fn default() -> Self {
-        let mut pools =
-            Self { pools: Vec::new(), by_id: FxHashMap::default(), lists: Vec::new(), unused_lists: Vec::new() };
+        let mut pools = Self {
+            pools: Vec::new(),
+            by_id: FxHashMap::default(),
+            lists: Vec::new(),
+            unused_lists: Vec::new(),
+            recent: NOTHING_RECENT,
+        };
         pools.create(DEFAULT_POOL, None);
         pools
     }
@@ -129,6 +140,7 @@ impl Pools {
             debug_assert_eq!(pool.segments, 0);
             self.by_id.remove(&pool.id);
             self.unused_lists.extend(pool.lists.into_values().flatten());
+            self.recent = NOTHING_RECENT;
         }
     }
 
@@ -150,17 +162,28 @@ impl Pools {
     /// The free list that serves a request of `bytes` (rounded) on `stream`.
     #[inline]
     pub fn list_for(&mut self, pool: PoolId, bytes: u64, stream: Stream) -> ListId {
-        let small = bytes <= SMALL_LIMIT;
-        match self[pool].lists.get(&stream) {
-            Some(lists) => lists[usize::from(small)],
-            None => self.create_lists(pool, stream)[usize::from(small)],
+        if (self.recent.0, self.recent.1) != (pool, stream) {
+            let known = self[pool].lists.get(&stream).copied();
+            let lists = known.unwrap_or_else(|| self.create_lists(pool, stream));
+            self.recent = (pool, stream, lists);
         }
+        self.recent.2[usize::from(bytes <= SMALL_LIMIT)]
+    }
+
+    /// Whether a pool's blocks are handed out whole.
+    pub fn set_no_split(&mut self, pool: PoolId, on: bool) {
+        let lists: Vec<ListId> = self.lists_of(pool).collect();
+        for list in lists {
+            self[list].no_split = on;
+        }
+        self[pool].no_split = on;
     }
 
     #[cold]
     fn create_lists(&mut self, pool: PoolId, stream: Stream) -> [ListId; 2] {
         let lists = [false, true].map(|small| {
-            let list = List { free: FreeList::default(), pool, small, stream, requests: 0 };
+            let no_split = self[pool].no_split;
+            let list = List { free: FreeList::default(), pool, small, stream, requests: 0, no_split };
             match self.unused_lists.pop() {
                 Some(id) => {
                     self[id] = list;

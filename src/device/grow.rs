@@ -209,7 +209,7 @@ impl DeviceState {
             self.blocks[last].bytes += bytes;
             free.insert(&mut self.blocks, last);
         } else {
-            let tail = self.blocks.create(start.0, bytes, id, list, (last, BlockId::NONE));
+            let tail = self.blocks.create(start.0, bytes, (id, true), list, (last, BlockId::NONE));
             self.segment_mut(id).last = tail;
             self.pools[list].free.insert(&mut self.blocks, tail);
         }
@@ -334,7 +334,7 @@ impl DeviceState {
         });
         let id = SegmentId(slot as u32);
         let oversize = !growing && populated >= self.native.max_split_size;
-        let block = self.blocks.create(base.0, populated, id, list, (BlockId::NONE, BlockId::NONE));
+        let block = self.blocks.create(base.0, populated, (id, growing), list, (BlockId::NONE, BlockId::NONE));
         self.segments[slot] = Some(Segment {
             base,
             range_bytes,

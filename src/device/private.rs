@@ -155,7 +155,7 @@ impl DeviceState {
     /// [`Error::InvalidArgument`] for an unknown pool.
     pub fn set_no_split(&mut self, id: MempoolId, on: bool) -> Result<()> {
         let pool = self.pool(id)?;
-        self.pools[pool].no_split = on;
+        self.pools.set_no_split(pool, on);
         Ok(())
     }
 
