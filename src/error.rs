@@ -89,11 +89,7 @@ impl fmt::Display for OutOfMemory {
             format_size(self.allocated + self.private_pools)
         )?;
         if self.private_pools > 0 {
-            write!(
-                f,
-                "with {} allocated in private pools (e.g., CUDA Graphs), ",
-                format_size(self.private_pools)
-            )?;
+            write!(f, "with {} allocated in private pools (e.g., CUDA Graphs), ", format_size(self.private_pools))?;
         }
         write!(
             f,
