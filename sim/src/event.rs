@@ -50,6 +50,9 @@ impl State {
 
     /// Milliseconds from one completed event to another.
     pub fn elapsed(&mut self, start: Event, end: Event) -> Step<f32> {
+        if self.event(start)?.device != self.event(end)?.device {
+            return Err(fail(Code::INVALID_HANDLE, "the events are of different devices"));
+        }
         let mut times = [0; 2];
         for (time, event) in times.iter_mut().zip([start, end]) {
             let state = self.event(event)?;

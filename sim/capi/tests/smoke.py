@@ -1,9 +1,9 @@
 """Runs an official PyTorch wheel on the simulated device: exits non-zero when something is not as on a real one.
 
-    cargo xtask sim run -- python sim/capi/tests/smoke.py
+    cargo xtask sim -- python sim/capi/tests/smoke.py
 
 Written for PyTorch's `native` allocator; everything here must hold for any allocator. What needs kernels (arithmetic)
-is left out: the simulator runs none.
+is left out, or its results are not looked at: the simulator runs none.
 """
 
 import ctypes
@@ -270,6 +270,30 @@ def python(script, **environment):
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
+
+
+@test
+def linear_layers_run_forwards_and_backwards():
+    # What they compute is not looked at: kernels do nothing.
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 8)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters())
+    out = model(torch.empty(32, 64, device="cuda"))
+    assert out.shape == (32, 8)
+    out.sum().backward()
+    optimizer.step()
+    half = model.half()(torch.empty(32, 64, device="cuda", dtype=torch.half))
+    assert half.shape == (32, 8)
+    torch.cuda.synchronize()
+
+
+@test
+def libraries_that_do_not_start_say_so():
+    try:
+        torch.fft.fft(torch.empty(8, device="cuda"))
+    except RuntimeError as error:
+        assert "cuFFT" in str(error), error
+    else:
+        raise AssertionError("cuFFT ran: take it into the list of what runs")
 
 
 @test
