@@ -43,7 +43,10 @@ c10::Device cuda(c10::DeviceIndex device) {
 
 c10::DeviceIndex current_device() {
   c10::DeviceIndex device = 0;
-  C10_CUDA_CHECK(c10::cuda::GetDevice(&device));
+  // The check itself is a call into c10, which the hot path only makes when there is something to say.
+  if (const auto error = c10::cuda::GetDevice(&device); C10_UNLIKELY(error != cudaSuccess)) {
+    C10_CUDA_CHECK(error);
+  }
   return device;
 }
 
