@@ -57,7 +57,7 @@ fn install(step: &Step, venv: &Venv, wheel: &Path) -> Result<()> {
     }
     torch.clear()?;
     // The first time pip brings the CUDA libraries, gigabytes of them; later only PyTorch itself is replaced.
-    let mut pip = venv.pip(["install", "--only-binary=:all:", "--progress-bar=on"]);
+    let mut pip = venv.pip(["install", "--only-binary=:all:", "--progress-bar=on", "--no-compile"]);
     if with_packages {
         pip.args(["--no-deps", "--force-reinstall"]);
     } else {

@@ -21,6 +21,9 @@ use crate::tree;
 #[path = "../../sim/capi/stubs/assemble.rs"]
 mod libraries;
 
+/// The simulator's cargo profile (`.cargo/config.toml`), and its folder under `target/`.
+const PROFILE: &str = "simulator";
+
 /// The machines that the simulator has a profile of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Device {
@@ -115,10 +118,10 @@ fn build(step: &Step) -> Result<Simulator> {
     let folder = paths::simulator_libraries();
     process::run(
         Command::new(cargo())
-            .args(["build", "--quiet", "--release", "--package", "torch-uvm-sim-capi"])
+            .args(["build", "--profile", PROFILE, "--package", "torch-uvm-sim-capi"])
             .current_dir(paths::root()),
     )?;
-    let engine = paths::target().join("release").join(libraries::ENGINE);
+    let engine = paths::target().join(PROFILE).join(libraries::ENGINE);
     let sources = paths::root().join("sim/capi/stubs");
     let mut inputs = Fingerprint::new("simulator").file(&engine)?;
     for file in tree::files(&sources)? {
