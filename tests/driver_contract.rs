@@ -14,6 +14,12 @@ use torch_uvm_sim::{Profile, Schedule};
 macro_rules! contract {
     ($($module:ident: $machine:expr;)*) => {
         $(contract! { @module $module, $machine,
+            allocator: [
+                every_placement_serves_memory
+                the_cap_holds
+                a_recorded_block_waits_for_its_stream
+                a_capture_survives_allocations
+            ]
             capture: [
                 every_call_in_every_situation
                 the_capture_mode_belongs_to_a_thread

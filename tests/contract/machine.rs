@@ -31,6 +31,9 @@ pub trait Machine: Sync {
     /// The driver under test.
     fn driver(&self) -> &dyn Driver;
 
+    /// The same driver, for an allocator to hold.
+    fn shared_driver(&self) -> Arc<dyn Driver>;
+
     /// Whether this is a real GPU: then tests that would endanger it are left out.
     fn is_real(&self) -> bool;
 

@@ -2,6 +2,7 @@
 
 use std::ffi::{c_uint, c_void};
 use std::ptr::null_mut;
+use std::sync::Arc;
 
 use cudarc::driver::sys;
 use parking_lot::{Mutex, MutexGuard};
@@ -18,7 +19,7 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// The first device, through the CUDA driver API.
 pub struct RealMachine {
-    driver: CudaDriver,
+    driver: Arc<CudaDriver>,
     has_numa_locations: bool,
     context: usize,
     _turn: MutexGuard<'static, ()>,
@@ -32,7 +33,7 @@ impl RealMachine {
             return None;
         }
         let turn = ONE_AT_A_TIME.lock();
-        let driver = CudaDriver::load_at_most(version).unwrap();
+        let driver = Arc::new(CudaDriver::load_at_most(version).unwrap());
         let memory = driver.device_memory(DEVICE).unwrap();
         assert!(
             memory.free / 4 > MANAGED_BUDGET,
@@ -95,7 +96,11 @@ unsafe extern "C" fn wait_for_gate(gate: *mut c_void) {
 
 impl Machine for RealMachine {
     fn driver(&self) -> &dyn Driver {
-        &self.driver
+        &*self.driver
+    }
+
+    fn shared_driver(&self) -> Arc<dyn Driver> {
+        self.driver.clone()
     }
 
     fn is_real(&self) -> bool {

@@ -22,6 +22,10 @@ impl Machine for SimulatedMachine {
         &self.0
     }
 
+    fn shared_driver(&self) -> Arc<dyn Driver> {
+        Arc::new(self.0.clone())
+    }
+
     fn is_real(&self) -> bool {
         false
     }
