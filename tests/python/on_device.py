@@ -92,9 +92,11 @@ def _carry_out(request: dict[str, Any]) -> None:
     """In the fork: loads the test's file and runs its body."""
     import torch
 
-    for variable in os.environ.keys() - request["variables"].keys():
-        del os.environ[variable]
-    os.environ.update(request["variables"])
+    wanted = request["variables"]
+    for variable in list(os.environ):
+        if variable.startswith(simulated.CHOSEN) and variable not in wanted:
+            del os.environ[variable]
+    os.environ.update({name: value for name, value in wanted.items() if name.startswith(simulated.CHOSEN)})
     found = torch.cuda.get_allocator_backend()
     if found != request["backend"]:
         raise RuntimeError(

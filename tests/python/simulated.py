@@ -15,6 +15,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = ("libcudart.so.12", "libcudart.so.13", "libcuda.so.1")
+#: What the variables that choose the machine and the allocator's configuration begin with.
+CHOSEN = ("TORCH_UVM_SIM_", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 #: The configuration that the README starts with.
 UVM = "use_uvm:True,uvm_oversubscription_ratio:5.0,uvm_access_pattern:gpu_first"
 
@@ -52,9 +54,7 @@ def environment(
     size. `schedule` is `late`, `eager` or the seed of a random order. Without `TORCH_UVM_SIM_LIB` the process sees the
     machine's own GPU, unless `require` forbids that. `extra` is set last.
     """
-    variables = {key: value for key, value in os.environ.items() if not key.startswith("TORCH_UVM_SIM_")}
-    for allocator_variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING"):
-        variables.pop(allocator_variable, None)
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(CHOSEN)}
     if conf:
         variables["PYTORCH_CUDA_ALLOC_CONF"] = conf
     directory = library_directory()

@@ -174,9 +174,10 @@ def test_memory_pressure_waits_for_recorded_blocks() -> None:
     """When the limit is met, blocks that wait for a stream are given back before the program is refused."""
     side = torch.cuda.Stream()
     torch.cuda.set_per_process_memory_fraction(0.125)  # 256 MiB
-    source, kept = filled(1, 100 * MIB), block(50 * MIB)
+    source = filled(1, 100 * MIB)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        kept = block(50 * MIB)
         kept.copy_(source[: 50 * MIB], non_blocking=True)
     source.record_stream(side)
     del source
