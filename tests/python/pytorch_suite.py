@@ -342,8 +342,11 @@ def run_suite(arguments: argparse.Namespace) -> int:
     for name in worse:
         note = f"excepted: {exceptions[name]}" if name in exceptions else "NOT EXCEPTED"
         luck = " (passed when run again)" if name in again else ""
-        last = (outcomes["uvm"][name]["detail"].strip().splitlines() or [""])[-1]
-        print(f"passes with native, {outcomes['uvm'][name]['outcome']} with uvm{luck}: {name}: {note}\n        {last}")
+        lines = outcomes["uvm"][name]["detail"].strip().splitlines() or [""]
+        reason = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
+        print(
+            f"passes with native, {outcomes['uvm'][name]['outcome']} with uvm{luck}: {name}: {note}\n        {reason}"
+        )
     for name in stale:
         print(f"stale entry in {EXCEPTIONS.name}, it no longer differs: {name}")
     print(f"{len(table)} tests; outcomes in {arguments.out}, failures in {arguments.out.with_suffix('.log')}")
@@ -366,7 +369,7 @@ def main() -> None:
     parser.add_argument("--device", default="gh200", help="profile of the simulated device (default gh200)")
     parser.add_argument("--hbm", default=None, help="its memory, such as 2GiB (default: the profile's)")
     parser.add_argument("--host", default=None, help="the host's memory, such as 10GiB (default: the profile's)")
-    parser.add_argument("--schedule", default="0", help="when streams run: late, eager or a seed (default 0)")
+    parser.add_argument("--schedule", default="late", help="when streams run: late, eager or a seed (default late)")
     parser.add_argument("--devices", type=int, default=1, help="how many simulated devices (default 1)")
     parser.add_argument("--nursery", metavar="BACKEND", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
