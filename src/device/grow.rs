@@ -137,7 +137,10 @@ impl DeviceState {
         if plan.place == Place::Device {
             self.relieve(step, context)?;
         }
-        if plan.memory == Memory::Device || request.rounded >= self.native.max_split_size {
+        // A private pool lives as long as its graphs and is brought back to checkpoints segment by segment; what PyTorch knows
+        // of it, it knows of segments like `native`'s.
+        let private = self.pools[request.list].pool != PoolId::DEFAULT && !self.native.expandable_segments;
+        if plan.memory == Memory::Device || private || request.rounded >= self.native.max_split_size {
             return self.fixed_segment(request, plan.memory, plan.place, step, context);
         }
         if let Some((segment, missing)) = self.segment_with_room(request, plan.place) {
@@ -346,7 +349,8 @@ impl DeviceState {
             list,
             last: block,
             free_since: self.pools[list].requests,
-            context: context.clone(),
+            // `state` asks for the stacks of live allocations only, and a segment is none.
+            context: context.clone().filter(|_| self.history.keeps_context()),
         });
         self.pools[list].free.insert(&mut self.blocks, block);
         let pool = self.pools[list].pool;

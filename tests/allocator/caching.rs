@@ -223,6 +223,21 @@ fn history_and_snapshot_tell_what_happened() {
 }
 
 #[test]
+fn segments_keep_their_stack_only_where_the_trace_does() {
+    for (level, kept) in [(RecordContext::State, false), (RecordContext::Alloc, true)] {
+        let world = World::small();
+        world.allocator.set_history(true, 100, level, true);
+        let stack = Some(Context(Arc::new("here".to_string())));
+        let ptr = world.allocator.allocate(0, 1000, world.streams[0], stack).unwrap();
+        let snapshot = world.allocator.snapshot(DEFAULT_POOL).unwrap();
+        assert_eq!(snapshot.segments[0].context.is_some(), kept);
+        assert!(snapshot.segments[0].blocks[0].context.is_some());
+        world.allocator.free(ptr, None).unwrap();
+        world.finish();
+    }
+}
+
+#[test]
 fn trackers_hear_of_memory_before_it_goes() {
     let world = World::small();
     world.allocator.set_tracing(true);

@@ -55,6 +55,24 @@ fn a_pool_in_use_is_not_given_back_and_a_released_one_is() {
 }
 
 #[test]
+fn segments_of_private_pools_are_natives_unless_expandable_ones_are_asked_for() {
+    for (expandable, segments) in [(false, 4), (true, 2)] {
+        let world = World::small();
+        let native = NativeOptions { expandable_segments: expandable, ..NativeOptions::default() };
+        world.allocator.set_native_options(native);
+        let ptrs = in_pool(&world, GRAPH, &[16, 20 * MIB, 20 * MIB, 20 * MIB]);
+        let snapshot = world.allocator.snapshot(GRAPH).unwrap();
+        assert_eq!(snapshot.segments.len(), segments);
+        assert!(snapshot.segments.iter().all(|segment| segment.is_expandable == expandable));
+        for ptr in ptrs {
+            world.allocator.free(ptr, None).unwrap();
+        }
+        world.allocator.release_pool(0, GRAPH).unwrap();
+        world.finish();
+    }
+}
+
+#[test]
 fn a_released_pool_lives_on_while_its_outputs_do() {
     let mut world = World::small();
     world.begin_pool(GRAPH, 0);
