@@ -172,7 +172,7 @@ mod tests {
         fn rounding_never_shrinks(bytes in 1_u64..1 << 59, log2 in 0_u32..8) {
             let native = NativeOptions { roundup_power2_divisions: [1 << log2; 16], ..NativeOptions::default() };
             let rounded = round_size(bytes, &native);
-            prop_assert!(rounded >= bytes && rounded % MIN_BLOCK == 0);
+            prop_assert!(rounded >= bytes && rounded.is_multiple_of(MIN_BLOCK));
             prop_assert!(range_bytes(rounded) >= population_step(rounded, rounded));
         }
     }
