@@ -144,6 +144,8 @@ def answer_request(request: str, code: Any, path: Path, timeout: float) -> dict[
     allowed = COMPILING.get(request.rpartition(".")[2], timeout)
     ended = in_fork(lambda: carry_out(request, code, path), allowed, abrupt=True)
     reply = ended.reply or {"outcome": "error", "detail": f"{ended.ending}\n{ended.output[-6000:]}"}
+    if reply.get("outcome") == "failed" and ended.output.strip():
+        reply["detail"] += f"--- printed\n{ended.output[-3000:]}"
     return {**reply, "seconds": round(ended.seconds, 2)}
 
 
@@ -197,6 +199,12 @@ def make_cuda_home(home: Path) -> None:
     include.mkdir(parents=True, exist_ok=True)
     lib.mkdir(exist_ok=True)
 
+    # The one header that none of them has. It chooses between host and device code, and only host code is compiled here.
+    (include / "nv").mkdir(exist_ok=True)
+    (include / "nv" / "target").write_text(
+        "#pragma once\n#define NV_IF_ELSE_TARGET(condition, yes, no) no\n#define NV_IF_TARGET(condition, ...)\n"
+    )
+
     def link(new: Path, old: Path) -> None:
         new.unlink(missing_ok=True)
         new.symlink_to(old)
@@ -221,9 +229,9 @@ def start_nursery(backend: str, arguments: argparse.Namespace, log: TextIO) -> C
         devices=arguments.devices,
         schedule=arguments.schedule,
         require=True,
-        # Both backends share what is compiled.
+        # For tests that compile an extension. They remove it afterwards, so each backend has its own.
         CUDA_HOME=str(arguments.out.parent / "cuda-home"),
-        TORCH_EXTENSIONS_DIR=str(arguments.out.parent / "torch-extensions"),
+        TORCH_EXTENSIONS_DIR=str(arguments.out.parent / "torch-extensions" / backend),
         PATH=f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
     )
     command = [sys.executable, str(Path(__file__).resolve()), str(arguments.source), "--nursery", backend]
@@ -312,7 +320,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     backends = arguments.backends.split(",")
     make_cuda_home(arguments.out.parent / "cuda-home")
-    for lock in (arguments.out.parent / "torch-extensions").glob("*/lock"):
+    for lock in (arguments.out.parent / "torch-extensions").glob("*/*/lock"):
         lock.unlink()  # of a process that was ended while it compiled: the next would wait for ever
     with open(arguments.out.with_suffix(".log"), "w") as log:
         first = start_nursery(backends[0], arguments, log)
@@ -342,7 +350,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     for name in worse:
         note = f"excepted: {exceptions[name]}" if name in exceptions else "NOT EXCEPTED"
         luck = " (passed when run again)" if name in again else ""
-        lines = outcomes["uvm"][name]["detail"].strip().splitlines() or [""]
+        lines = outcomes["uvm"][name]["detail"].partition("--- printed")[0].strip().splitlines() or [""]
         reason = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
         print(
             f"passes with native, {outcomes['uvm'][name]['outcome']} with uvm{luck}: {name}: {note}\n        {reason}"
