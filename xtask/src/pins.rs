@@ -85,6 +85,7 @@ pub const RELEASES: &[TorchRelease] = &[TorchRelease {
     torch: PinnedPackage {
         name: "torch",
         version: "2.6.0",
+        // For aarch64 the package index has this release without CUDA only: `wheel --official FILE` takes another.
         wheels: &[
             wheel("cp39", "x86_64", "9ea955317cfcd3852b1402b62af258ce735c2edeee42ca9419b6bc889e5ae053"),
             wheel("cp310", "x86_64", "6860df13d9911ac158f4c44031609700e1eba07916fff62e21e6ffa0a9e01961"),
@@ -106,18 +107,27 @@ pub const RELEASES: &[TorchRelease] = &[TorchRelease {
         PinnedPackage {
             name: "nvidia-cuda-runtime-cu12",
             version: "12.4.127",
-            wheels: &[wheel("py3", "x86_64", "64403288fa2136ee8e467cdc9c9427e0434110899d07c779f25b5c068934faa5")],
+            wheels: &[
+                wheel("py3", "x86_64", "64403288fa2136ee8e467cdc9c9427e0434110899d07c779f25b5c068934faa5"),
+                wheel("py3", "aarch64", "961fe0e2e716a2a1d967aab7caee97512f71767f852f67432d572e36cb3a11f3"),
+            ],
         },
         // Only for crt/: no compiler of NVIDIA's runs here.
         PinnedPackage {
             name: "nvidia-cuda-nvcc-cu12",
             version: "12.4.131",
-            wheels: &[wheel("py3", "x86_64", "e4c9a35435c3b0e36c6397c5696334c9ea6650e524736cbd1c5d345ea099bb04")],
+            wheels: &[
+                wheel("py3", "x86_64", "e4c9a35435c3b0e36c6397c5696334c9ea6650e524736cbd1c5d345ea099bb04"),
+                wheel("py3", "aarch64", "00ba32f3d7928548455baa877e748a4676ba0731cfc73d4213336fc67bdc87e9"),
+            ],
         },
         PinnedPackage {
             name: "nvidia-nvml-dev-cu12",
             version: "12.4.127",
-            wheels: &[wheel("py3", "x86_64", "f3d070140734992f018d46b5fc1663495898637534b94a87cec64bf12bdc584c")],
+            wheels: &[
+                wheel("py3", "x86_64", "f3d070140734992f018d46b5fc1663495898637534b94a87cec64bf12bdc584c"),
+                wheel("py3", "aarch64", "fb7d008ef4d96e7beb76e3a6e86a11dacdae6164cb5223b393e8382f2e10498f"),
+            ],
         },
     ],
     python: ((3, 9), (3, 13)),
