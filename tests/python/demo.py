@@ -90,7 +90,7 @@ def plan(torch: Any, arguments: argparse.Namespace) -> tuple[int, int]:
             )
             os.execv(sys.executable, [sys.executable, *sys.argv])
         limit = int(given[-1]) * MIB
-        hold = arguments.hold_mb * MIB if arguments.hold_mb else int(1.5 * limit)
+        hold = arguments.hold_mb * MIB if arguments.hold_mb else int(1.25 * limit)
         # The other steps need some blocks of their own beside what is held.
         check(
             hold + 512 * MIB <= free // 4, f"{size(hold)} and 512 MiB are more than a quarter of the {size(free)} free"
@@ -188,14 +188,15 @@ def meet_the_cap(torch: Any, simulated: bool) -> None:
     if not simulated:
         # Filling a real machine's memory would be no demonstration but an attack on whoever shares it: a cap close by.
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 256 * MIB) / total)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 128 * MIB) / total)
+    each = (128 if simulated else 32) * MIB
     hoard = []
     try:
         while True:
-            hoard.append(torch.empty(128 * MIB, dtype=torch.uint8, device="cuda"))
+            hoard.append(torch.empty(each, dtype=torch.uint8, device="cuda"))
             check(len(hoard) < 1 << 16, "there seems to be no cap")
     except torch.cuda.OutOfMemoryError as error:
-        print(f"  refused after {size(len(hoard) * 128 * MIB)} more:\n  OutOfMemoryError: {error}")
+        print(f"  refused after {size(len(hoard) * each)} more:\n  OutOfMemoryError: {error}")
         check("out of memory" in str(error), "the error does not say what it is")
     hoard.clear()
     if not simulated:
@@ -243,7 +244,8 @@ def run(torch: Any, arguments: argparse.Namespace) -> None:
 def main() -> int:
     """Reads the arguments, sets the default configuration, runs; 1 if anything is not as it must be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hold-mb", type=int, default=0, help="how much to hold (default: 1.5 to 1.6 times the limit)")
+    how_much = "how much to hold (default: 1.25 times the limit, 1.6 times on the simulated device)"
+    parser.add_argument("--hold-mb", type=int, default=0, help=how_much)
     parser.add_argument("--tensor-mb", type=int, default=64, help="the size of each tensor (default 64)")
     parser.add_argument("--seed", type=int, default=20, help="seed of the contents (default 20)")
     arguments = parser.parse_args()

@@ -57,9 +57,12 @@ def close_nurseries() -> None:
 
 
 def on_device(
-    conf: str = simulated.UVM, *, timeout: float = 60, uvm_only: bool = False, **machine: Any
+    conf: str = simulated.UVM, *, timeout: float = 60, uvm_only: bool = False, init: bool = True, **machine: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a test run on a simulated device. `machine` is what `simulated.environment` takes."""
+    """Makes a test run on a simulated device. `machine` is what `simulated.environment` takes.
+
+    With `init`, PyTorch has initialised CUDA when the body begins.
+    """
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(body)
@@ -76,6 +79,7 @@ def on_device(
                 "arguments": arguments,
                 "timeout": timeout,
                 "backend": expected,
+                "init": init,
                 "variables": simulated.environment(chosen, require=True, **machine),
             }
             ended = _nursery(expected).ask(request)
@@ -102,7 +106,8 @@ def _carry_out(request: dict[str, Any]) -> None:
         raise RuntimeError(
             f"the allocator backend is {found!r}, not {request['backend']!r}: is this the patched wheel?"
         )
-    torch.cuda.init()  # without it, there are no statistics
+    if request["init"]:
+        torch.cuda.init()  # without it, there are no statistics
     specification = importlib.util.spec_from_file_location("test_file", request["file"])
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)

@@ -42,6 +42,19 @@ def test_use_uvm_chooses_the_backend() -> None:
         assert not ended.err, ended.text
 
 
+def test_the_variable_for_all_accelerators() -> None:
+    """PYTORCH_ALLOC_CONF, which PyTorch 2.6 itself does not read yet; where both speak, the CUDA variable wins."""
+    for general, cuda, expected in (
+        ("use_uvm:True", "", "uvm"),
+        ("use_uvm:True,uvm_prefetch:False", "max_split_size_mb:64", "uvm"),
+        ("use_uvm:True", "use_uvm:False", "native"),
+        ("use_uvm:False", "use_uvm:True", "uvm"),
+    ):
+        ended = run_python(REPORT, environment(cuda, require=True, PYTORCH_ALLOC_CONF=general))
+        assert ended.status == 0, ended.text
+        assert ended.out.split()[:2] == ["backend", expected], f"{general} and {cuda}\n{ended.text}"
+
+
 def test_the_other_backend_still_works() -> None:
     """`backend:cudaMallocAsync` is PyTorch's business as before."""
     code = "import torch; torch.empty(10, device='cuda'); print(torch.cuda.get_allocator_backend())"

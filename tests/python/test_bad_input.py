@@ -59,6 +59,14 @@ def test_a_bad_value(setting: str, allowed: str) -> None:
     assert key in text and value in text and allowed in text, text
 
 
+def test_a_bad_value_in_the_variable_for_all_accelerators() -> None:
+    """PYTORCH_ALLOC_CONF is read too, and the error says that it was there."""
+    text = refusal("use_uvm:True", PYTORCH_ALLOC_CONF="uvm_oversubscription_ratio:none")
+    assert all(
+        words in text for words in ("PYTORCH_ALLOC_CONF", "uvm_oversubscription_ratio", "none", "positive")
+    ), text
+
+
 def test_an_unknown_key_of_ours() -> None:
     """The known ones are listed."""
     text = refusal("use_uvm:True,uvm_oversubscription:5.0")

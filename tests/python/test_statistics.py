@@ -20,10 +20,10 @@ def sums(snapshot: list[dict]) -> dict[str, int]:
         for one in segment["blocks"]:
             if one["state"] == "active_allocated":
                 totals["allocated"] += one["size"]
-                totals["requested"] += one["requested_size"]
                 totals["live"] += 1
             if one["state"].startswith("active"):
                 totals["active"] += one["size"]
+                totals["requested"] += one["requested_size"]
     return totals
 
 
