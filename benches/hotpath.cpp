@@ -1,7 +1,8 @@
-// The measured loops of `cargo xtask bench hotpath`. benches/hotpath.py compiles this file against the wheel's own headers
-// and calls it through ctypes, so that Python is outside the loops and both backends run the same machine code.
+// The measured loops of `cargo xtask bench hotpath`. benches/hotpath.py compiles this file against the wheel's own
+// headers and calls it through ctypes, so that Python is outside the loops and both backends run the same machine code.
 //
-// The loops do what tensors do: `CUDACachingAllocator::get()->allocate(n)` returns a DataPtr, whose destructor frees the block.
+// The loops do what tensors do: `CUDACachingAllocator::get()->allocate(n)` returns a DataPtr, whose destructor frees
+// the block.
 
 #include <c10/core/Allocator.h>
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -16,6 +17,8 @@
 #include <thread>
 #include <utility>
 #include <vector>
+
+#define HOTPATH_EXPORT __attribute__((visibility("default")))
 
 namespace {
 
@@ -70,7 +73,7 @@ double guarded(const char* name, Loop&& loop) {
 extern "C" {
 
 // Nanoseconds a pair: allocate `bytes`, free them again.
-__attribute__((visibility("default"))) double hotpath_pair(std::size_t bytes, std::size_t pairs) {
+HOTPATH_EXPORT double hotpath_pair(std::size_t bytes, std::size_t pairs) {
   return guarded("hotpath_pair", [&] {
     c10::Allocator* allocator = c10::cuda::CUDACachingAllocator::get();
     allocate_and_free(allocator, bytes, pairs / 10 + 1);
@@ -81,7 +84,7 @@ __attribute__((visibility("default"))) double hotpath_pair(std::size_t bytes, st
 }
 
 // The same through raw_alloc and raw_delete, the entry points of extensions that keep plain pointers.
-__attribute__((visibility("default"))) double hotpath_raw_pair(std::size_t bytes, std::size_t pairs) {
+HOTPATH_EXPORT double hotpath_raw_pair(std::size_t bytes, std::size_t pairs) {
   return guarded("hotpath_raw_pair", [&] {
     auto* allocator = c10::cuda::CUDACachingAllocator::get();
     const auto loop = [&](std::size_t times) {
@@ -97,8 +100,8 @@ __attribute__((visibility("default"))) double hotpath_raw_pair(std::size_t bytes
 }
 
 // Nanoseconds an operation (one allocation or one free) with `live` blocks of mixed sizes alive throughout. The blocks
-// are replaced four times over before the clock starts, so that the caches are those of a program that has been running.
-__attribute__((visibility("default"))) double hotpath_mixed(std::size_t live_blocks, std::size_t operations, std::uint64_t seed) {
+// are replaced four times over before the clock starts, so that the caches are those of a program that has run a while.
+HOTPATH_EXPORT double hotpath_mixed(std::size_t live_blocks, std::size_t operations, std::uint64_t seed) {
   return guarded("hotpath_mixed", [&] {
     c10::Allocator* allocator = c10::cuda::CUDACachingAllocator::get();
     std::mt19937_64 random(seed);
@@ -129,7 +132,7 @@ __attribute__((visibility("default"))) double hotpath_mixed(std::size_t live_blo
 }
 
 // Nanoseconds a pair as each thread sees it: `threads` threads allocate and free `bytes` on the same device and stream.
-__attribute__((visibility("default"))) double hotpath_threads(std::size_t threads, std::size_t bytes, std::size_t pairs_each) {
+HOTPATH_EXPORT double hotpath_threads(std::size_t threads, std::size_t bytes, std::size_t pairs_each) {
   return guarded("hotpath_threads", [&] {
     c10::Allocator* allocator = c10::cuda::CUDACachingAllocator::get();
     const auto run = [&](std::size_t pairs) {

@@ -10,8 +10,8 @@ with the test's allocator; it fails if it raises, crashes, hangs, or does not en
 parameters (`pytest.mark.parametrize`) of types that JSON knows, and `conf` may name them in braces.
 
 Which allocator a process has is decided when PyTorch is loaded, so each backend has a nursery. The other options, and
-the simulated machine, are read from the environment when CUDA is first used: the fork sets them before. (test_backend.py
-and test_bad_input.py start whole processes instead.)
+the simulated machine, are read from the environment when CUDA is first used: the fork sets them before.
+(test_backend.py and test_bad_input.py start whole processes too.)
 
 `--backend native` runs the tests with PyTorch's own allocator, without those that are about `uvm_…` options
 (`uvm_only=True`): that is how the tests themselves are tested.

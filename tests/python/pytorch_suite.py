@@ -199,7 +199,7 @@ def make_cuda_home(home: Path) -> None:
     include.mkdir(parents=True, exist_ok=True)
     lib.mkdir(exist_ok=True)
 
-    # The one header that none of them has. It chooses between host and device code, and only host code is compiled here.
+    # The one header that none of them has. It chooses between host and device code; only host code is compiled here.
     (include / "nv").mkdir(exist_ok=True)
     (include / "nv" / "target").write_text(
         "#pragma once\n#define NV_IF_ELSE_TARGET(condition, yes, no) no\n#define NV_IF_TARGET(condition, ...)\n"

@@ -52,11 +52,19 @@ def refusal(conf: str, **machine: object) -> str:
         ("uvm_stage1_min_bytes:1.5", "bytes"),
     ],
 )
+@on_device("use_uvm:True,{setting}", uvm_only=True, init=False)
 def test_a_bad_value(setting: str, allowed: str) -> None:
-    """The error names the key, the value and what is allowed."""
-    key, value = setting.split(":")
-    text = refusal(f"use_uvm:True,{setting}")
-    assert key in text and value in text and allowed in text, text
+    """The error names the key, the value and what is allowed, at the first use of CUDA's memory and at every other."""
+    for _ in range(2):
+        try:
+            torch.empty(1 << 20, device="cuda")
+        except (RuntimeError, ValueError) as error:
+            text = str(error)
+        else:
+            raise AssertionError(f"{setting} was accepted")
+        assert all(words in text for words in (*setting.split(":"), allowed)), text
+        assert "INTERNAL ASSERT" not in text, text
+    same(torch.ones(2).sum().item(), 2.0)
 
 
 def test_a_bad_value_in_the_variable_for_all_accelerators() -> None:

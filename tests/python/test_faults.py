@@ -67,7 +67,7 @@ def test_a_call_that_fails_once(call: str) -> None:
 
     from nursery import in_fork
 
-    # One fork for each time, since calls are counted from the beginning. Nothing has touched the device yet but its count.
+    # One fork for each time, since calls are counted from the beginning.
     for number in (1, 2, 4):
         os.environ["TORCH_UVM_SIM_FAIL"] = f"{call}@{number}={CALLS[call]}"
         ended = in_fork(one_fault, 60, abrupt=True)
