@@ -172,7 +172,6 @@ def test_bad_arguments() -> None:
         "a fraction of 1.5": lambda: torch.cuda.set_per_process_memory_fraction(1.5),
         "a fraction below 0": lambda: torch.cuda.set_per_process_memory_fraction(-0.5),
         "device 7": lambda: torch.empty(1, device="cuda:7"),
-        "a negative size": lambda: torch.cuda.caching_allocator_alloc(-1),
         "the end of a capture that never began": lambda: torch.cuda.CUDAGraph().capture_end(),
     }.items():
         try:
@@ -182,6 +181,20 @@ def test_bad_arguments() -> None:
         else:
             raise AssertionError(f"{what} was accepted")
     check(filled(1, MIB), 1)
+
+
+@on_device(uvm_only=True)
+def test_a_negative_size() -> None:
+    """Where native wraps around and hands a small block out, this is an error."""
+    for count in (-1, -512, -(2**40)):
+        try:
+            torch.cuda.caching_allocator_alloc(count)
+        except RuntimeError:
+            pass
+        else:
+            raise AssertionError(f"{count} bytes were allocated")
+    check(filled(1, MIB), 1)
+    same(torch.cuda.memory_allocated(), 0)
 
 
 @on_device()
