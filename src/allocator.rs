@@ -10,7 +10,7 @@ use crate::history::{Context, RecordContext, TraceEntry};
 use crate::options::{AccessPattern, NativeOptions, Options};
 use crate::pools::MempoolId;
 use crate::stats::DeviceStats;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -38,6 +38,13 @@ pub struct Snapshot {
     pub segments: Vec<SegmentInfo>,
     /// The trace of each device, oldest entry first.
     pub traces: Vec<Vec<TraceEntry>>,
+}
+
+/// A device's state for anything but allocating and freeing.
+fn settled(state: &Mutex<DeviceState>) -> MutexGuard<'_, DeviceState> {
+    let mut state = state.lock();
+    state.settle();
+    state
 }
 
 /// One object a process.
@@ -165,7 +172,7 @@ impl Allocator {
     ) -> Result<DevicePtr> {
         // Callbacks free tensors, which takes the lock.
         self.hooks.free_memory_callbacks();
-        state.lock().allocate_new(bytes, stream, context)
+        settled(state).allocate_new(bytes, stream, context)
     }
 
     #[cold]
@@ -179,7 +186,7 @@ impl Allocator {
         if bytes == 0 {
             return Err(Error::InvalidArgument("an allocation of 0 bytes was asked for; expected at least 1".into()));
         }
-        Err(state.lock().refuse(bytes, stream, context))
+        Err(settled(state).refuse(bytes, stream, context))
     }
 
     /// The device of a live allocation.
@@ -258,7 +265,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::NotSupported`] while a capture is underway; the driver's.
     pub fn empty_cache(&self, mempool: MempoolId, context: Option<Context>) -> Result<()> {
-        self.devices().iter().try_for_each(|state| state.lock().release_cached(mempool, &context))
+        self.devices().iter().try_for_each(|state| settled(state).release_cached(mempool, &context))
     }
 
     /// The largest block that could be had, in bytes.
@@ -266,7 +273,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device; the driver's.
     pub fn cache_info(&self, device: DeviceIndex) -> Result<u64> {
-        self.device(device)?.lock().largest_available()
+        settled(self.device(device)?).largest_available()
     }
 
     /// The fraction of the device's memory that the process may populate; 1 where none was set.
@@ -274,7 +281,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn memory_fraction(&self, device: DeviceIndex) -> Result<f64> {
-        Ok(self.device(device)?.lock().fraction())
+        Ok(settled(self.device(device)?).fraction())
     }
 
     /// Limits what the process may populate to a fraction of the device's memory; 1 lifts the limit, the capacity stays.
@@ -285,7 +292,7 @@ impl Allocator {
         if !(0.0..=1.0).contains(&fraction) {
             return Err(Error::InvalidArgument(format!("invalid fraction: {fraction}. Please set within (0, 1).")));
         }
-        self.device(device)?.lock().budget_mut().set_fraction(fraction);
+        settled(self.device(device)?).budget_mut().set_fraction(fraction);
         Ok(())
     }
 
@@ -294,7 +301,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn device_stats(&self, device: DeviceIndex) -> Result<DeviceStats> {
-        Ok(*self.device(device)?.lock().stats())
+        Ok(*settled(self.device(device)?).stats())
     }
 
     /// Starts the accumulated statistics anew.
@@ -302,7 +309,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn reset_accumulated_stats(&self, device: DeviceIndex) -> Result<()> {
-        self.device(device)?.lock().stats_mut().reset_accumulated();
+        settled(self.device(device)?).stats_mut().reset_accumulated();
         Ok(())
     }
 
@@ -311,7 +318,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn reset_peak_stats(&self, device: DeviceIndex) -> Result<()> {
-        self.device(device)?.lock().stats_mut().reset_peak();
+        settled(self.device(device)?).stats_mut().reset_peak();
         Ok(())
     }
 
@@ -327,7 +334,7 @@ impl Allocator {
         filter: StreamFilter,
         custom: Option<CustomAllocator>,
     ) -> Result<()> {
-        self.device(device)?.lock().begin_allocate_to_pool(id, filter, custom)
+        settled(self.device(device)?).begin_allocate_to_pool(id, filter, custom)
     }
 
     /// Ends [`Allocator::begin_allocate_to_pool`]; the pool stays held.
@@ -335,7 +342,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device or a pool not recorded to.
     pub fn end_allocate_to_pool(&self, device: DeviceIndex, id: MempoolId) -> Result<()> {
-        self.device(device)?.lock().end_allocate_to_pool(id)
+        settled(self.device(device)?).end_allocate_to_pool(id)
     }
 
     /// Lets go of a pool once.
@@ -343,7 +350,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device or pool.
     pub fn release_pool(&self, device: DeviceIndex, id: MempoolId) -> Result<()> {
-        self.device(device)?.lock().release_pool(id)
+        settled(self.device(device)?).release_pool(id)
     }
 
     /// Makes a pool, or holds it once more.
@@ -351,7 +358,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device or a released pool.
     pub fn ensure_pool(&self, device: DeviceIndex, id: MempoolId, custom: Option<CustomAllocator>) -> Result<()> {
-        self.device(device)?.lock().ensure_pool(id, custom).map(|_| ())
+        settled(self.device(device)?).ensure_pool(id, custom).map(|_| ())
     }
 
     /// How many graphs and MemPools hold a pool.
@@ -359,7 +366,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device or pool.
     pub fn pool_use_count(&self, device: DeviceIndex, id: MempoolId) -> Result<i32> {
-        self.device(device)?.lock().pool_use_count(id)
+        settled(self.device(device)?).pool_use_count(id)
     }
 
     /// Whether others may take this pool's free blocks before they run out of memory.
@@ -367,7 +374,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device or pool.
     pub fn set_use_on_oom(&self, device: DeviceIndex, id: MempoolId, on: bool) -> Result<()> {
-        self.device(device)?.lock().set_use_on_oom(id, on)
+        settled(self.device(device)?).set_use_on_oom(id, on)
     }
 
     /// Whether this pool's blocks are handed out whole.
@@ -375,7 +382,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device or pool.
     pub fn set_no_split(&self, device: DeviceIndex, id: MempoolId, on: bool) -> Result<()> {
-        self.device(device)?.lock().set_no_split(id, on)
+        settled(self.device(device)?).set_no_split(id, on)
     }
 
     /// Whether the live allocations of a pool are exactly these addresses.
@@ -383,7 +390,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device or pool.
     pub fn check_pool_live_allocations(&self, device: DeviceIndex, id: MempoolId, expected: &[u64]) -> Result<bool> {
-        self.device(device)?.lock().check_pool_live_allocations(id, expected)
+        settled(self.device(device)?).check_pool_live_allocations(id, expected)
     }
 
     /// What a pool holds now, to be brought back by [`Allocator::restore_pool`].
@@ -396,7 +403,7 @@ impl Allocator {
         id: MempoolId,
         _context: Option<Context>,
     ) -> Result<Arc<PoolState>> {
-        self.device(device)?.lock().checkpoint_state(id).map(Arc::new)
+        settled(self.device(device)?).checkpoint_state(id).map(Arc::new)
     }
 
     /// Brings a pool back to a checkpoint.
@@ -410,13 +417,13 @@ impl Allocator {
                 state.device()
             )));
         }
-        self.device(device)?.lock().restore_pool(state, context)
+        settled(self.device(device)?).restore_pool(state, context)
     }
 
     /// Starts or stops the memory history of all devices.
     pub fn set_history(&self, enabled: bool, capacity: usize, level: RecordContext, clear: bool) {
         for state in self.devices() {
-            state.lock().set_history(enabled, capacity, level, clear);
+            settled(state).set_history(enabled, capacity, level, clear);
         }
         self.history_enabled.store(enabled, Ordering::Relaxed);
     }
@@ -429,7 +436,7 @@ impl Allocator {
     /// Whether [`Hooks::trace`] is told of everything that happens.
     pub fn set_tracing(&self, on: bool) {
         for state in self.devices() {
-            state.lock().set_tracking(on);
+            settled(state).set_tracking(on);
         }
     }
 
@@ -440,7 +447,7 @@ impl Allocator {
     pub fn snapshot(&self, mempool: MempoolId) -> Result<Snapshot> {
         let mut snapshot = Snapshot { segments: Vec::new(), traces: Vec::new() };
         for state in self.devices() {
-            let mut state = state.lock();
+            let mut state = settled(state);
             // As `native`: the trace ends before the entry that marks this snapshot.
             snapshot.traces.push(state.trace_entries());
             snapshot.segments.extend(state.snapshot(mempool));
@@ -453,13 +460,13 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device; the driver's.
     pub fn memory_info(&self, device: DeviceIndex) -> Result<(u64, u64)> {
-        self.device(device)?.lock().memory_info()
+        settled(self.device(device)?).memory_info()
     }
 
     /// PyTorch's own settings: at start, and whenever they change.
     pub fn set_native_options(&self, native: NativeOptions) {
         for state in self.devices() {
-            state.lock().set_native_options(native.clone());
+            settled(state).set_native_options(native.clone());
         }
         self.settings.lock().1 = native;
     }
@@ -489,7 +496,7 @@ impl Allocator {
             return Err(changed("uvm_access_pattern", from.into(), to.into()));
         }
         for state in self.devices() {
-            state.lock().set_options(options.clone());
+            settled(state).set_options(options.clone());
         }
         settings.0 = options;
         Ok(())
@@ -500,6 +507,6 @@ impl Allocator {
     /// # Errors
     /// What does not, in words.
     pub fn check(&self) -> std::result::Result<(), String> {
-        self.devices().iter().try_for_each(|state| state.lock().check())
+        self.devices().iter().try_for_each(|state| settled(state).check())
     }
 }

@@ -34,6 +34,8 @@ pub struct ListId(pub u32);
 pub enum BlockState {
     /// In a free list.
     Free,
+    /// Freed last of all: neither merged nor in a free list yet, because the next request most often is for its size.
+    Freed,
     /// Held by the program.
     Allocated,
     /// Freed by the program, but streams it was recorded on may still use it.

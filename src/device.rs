@@ -78,6 +78,8 @@ pub struct DeviceState {
     growing: FxHashMap<ListId, Vec<SegmentId>>,
     /// Live allocations by address.
     live: FxHashMap<u64, BlockId>,
+    /// The block freed last ([`BlockState::Freed`]). Everything but allocating and freeing settles it first.
+    recent: Option<BlockId>,
     waits: Waits,
     captures: Vec<Capture>,
     stats: DeviceStats,
@@ -119,6 +121,7 @@ impl DeviceState {
             segments: Vec::new(),
             growing: FxHashMap::default(),
             live: FxHashMap::default(),
+            recent: None,
             waits: Waits::default(),
             captures: Vec::new(),
             stats: DeviceStats::default(),
@@ -188,6 +191,14 @@ impl DeviceState {
             self.process_events()?;
         }
         let request = self.request(bytes, stream);
+        if let Some(recent) = self.recent.take() {
+            let Block { list, bytes, .. } = self.blocks[recent];
+            if (list, bytes) == (request.list, request.rounded) {
+                self.pools[list].requests += 1;
+                return Ok(Ok(self.occupy(recent, &request, context.take())));
+            }
+            self.put_back(recent);
+        }
         Ok(match self.best_fit(&request) {
             Some(block) => Ok(self.hand_out(block, &request, context.take())),
             None => Err(request),
@@ -289,10 +300,17 @@ impl DeviceState {
             }
         }
 
+        self.occupy(block, request, context)
+    }
+
+    /// Makes a block that is in no free list the program's.
+    #[inline]
+    fn occupy(&mut self, block: BlockId, request: &Request, context: Option<Context>) -> DevicePtr {
         let taken = &mut self.blocks[block];
         taken.state = BlockState::Allocated;
         taken.requested = request.bytes;
-        let (address, bytes) = (taken.address, taken.bytes);
+        let (address, bytes, list) = (taken.address, taken.bytes, taken.list);
+        let small = self.pools[list].small;
         self.live.insert(address, block);
         let stats = &mut self.stats;
         stats.allocation.increase(small, 1);
@@ -368,9 +386,19 @@ impl DeviceState {
             self.trace_block(Action::FreeRequested, block, context.clone());
         }
         if !has_uses || !self.must_wait(block) {
-            self.free_block(block, context);
+            self.settle();
+            self.retire(block, context);
+            self.recent = Some(block);
         }
         true
+    }
+
+    /// Puts the block freed last where it belongs, so that nothing is left half done.
+    #[inline]
+    pub fn settle(&mut self) {
+        if let Some(recent) = self.recent.take() {
+            self.put_back(recent);
+        }
     }
 
     /// Whether a freed block that was recorded on other streams has to wait.
@@ -389,18 +417,25 @@ impl DeviceState {
         }
     }
 
-    /// Puts a block that nothing uses any more into its free list, merged with its free neighbours.
-    #[inline]
+    /// Frees a block that nothing uses any more, whole.
     fn free_block(&mut self, block: BlockId, context: Option<Context>) {
+        self.retire(block, context);
+        self.put_back(block);
+    }
+
+    /// Ends the use of a block: it is free, but not yet in a free list.
+    #[inline]
+    fn retire(&mut self, block: BlockId, context: Option<Context>) {
         if self.tracing {
             self.trace_block(Action::FreeCompleted, block, context);
         }
-        let Self { blocks, pools, stats, segments, contexts, waits, .. } = self;
+        let Self { blocks, pools, stats, contexts, waits, .. } = self;
         let freed = &mut blocks[block];
-        let (bytes, requested, list) = (freed.bytes, freed.requested, freed.list);
-        let (segment, growing) = (freed.segment, freed.growing);
-        let (prev, next) = (freed.prev, freed.next);
-        freed.state = BlockState::Free;
+        let small = pools[freed.list].small;
+        stats.active.decrease(small, 1);
+        stats.active_bytes.decrease(small, freed.bytes);
+        stats.requested_bytes.decrease(small, freed.requested);
+        freed.state = BlockState::Freed;
         freed.requested = 0;
         if freed.has_context {
             freed.has_context = false;
@@ -410,6 +445,16 @@ impl DeviceState {
             freed.has_uses = false;
             waits.forget(block);
         }
+    }
+
+    /// Puts a retired block into its free list, merged with its free neighbours.
+    fn put_back(&mut self, block: BlockId) {
+        let Self { blocks, pools, stats, segments, .. } = self;
+        let freed = &mut blocks[block];
+        let list = freed.list;
+        let (segment, growing) = (freed.segment, freed.growing);
+        let (prev, next) = (freed.prev, freed.next);
+        freed.state = BlockState::Free;
         let List { free, small, requests, .. } = &mut pools[list];
         let small = *small;
         let is_free = |id: BlockId, blocks: &Blocks| id.is_some() && blocks[id].state == BlockState::Free;
@@ -451,9 +496,6 @@ impl DeviceState {
                 stats.inactive_split_bytes.increase(small, blocks[merged].bytes);
             }
         }
-        stats.active.decrease(small, 1);
-        stats.active_bytes.decrease(small, bytes);
-        stats.requested_bytes.decrease(small, requested);
     }
 
     /// The segment of a live allocation: its first byte and its populated bytes.

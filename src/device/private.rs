@@ -280,6 +280,7 @@ impl DeviceState {
                     self.waits.forget(block);
                 }
                 self.free(DevicePtr(address), &mut context.clone());
+                self.settle();
                 restored.freed.push(address);
             }
         }
@@ -329,6 +330,7 @@ impl DeviceState {
         }
         for hole in holes {
             self.free(hole, &mut context.clone());
+            self.settle();
         }
     }
 }

@@ -148,6 +148,7 @@ pub(super) fn check(state: &DeviceState) -> Result<(), String> {
                 BlockState::Free => {
                     free.insert(block_id);
                 }
+                BlockState::Freed => return Err(format!("freed block {:#x} was not put back", block.address)),
                 BlockState::Allocated => {
                     live += 1;
                     allocated += block.bytes;
