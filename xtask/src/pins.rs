@@ -137,7 +137,7 @@ pub const RELEASES: &[TorchRelease] = &[TorchRelease {
 pub const BUILD_TOOLS: &[&str] = &["cmake==4.4.4", "ninja==1.13.2"];
 
 /// What the demo and the tests import beside PyTorch itself.
-pub const TEST_PACKAGES: &[&str] = &["numpy", "pytest", "expecttest", "hypothesis", "psutil"];
+pub const TEST_PACKAGES: &[&str] = &["numpy", "pytest", "expecttest", "hypothesis", "psutil", "ninja"];
 
 #[cfg(test)]
 mod tests {
