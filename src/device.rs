@@ -170,11 +170,6 @@ impl DeviceState {
         &mut self.stats
     }
 
-    /// Populated bytes by place.
-    pub fn populated(&self) -> Populated {
-        self.populated
-    }
-
     /// Serves a request from the cache, if it can. First completes what frees wait for, if anything.
     ///
     /// # Errors

@@ -185,12 +185,4 @@ impl Waits {
     pub fn any(&self, which: impl Fn(BlockId) -> bool) -> bool {
         self.outstanding.keys().any(|&block| which(block)) || self.deferred.iter().any(|&block| which(block))
     }
-
-    /// Takes all events that can be destroyed, for the end of the process's use of CUDA.
-    pub fn take_idle_events(&mut self) -> Vec<(DeviceIndex, Event)> {
-        self.idle_events
-            .drain()
-            .flat_map(|(device, events)| events.into_iter().map(move |event| (device, event)))
-            .collect()
-    }
 }

@@ -12,7 +12,7 @@ use crate::history::{Action, Context};
 use crate::options::AccessPattern;
 use crate::placement;
 use crate::pools::{DEFAULT_POOL, MempoolId, PoolId};
-use crate::segments::{CustomAllocator, Memory, Place, SMALL_STEP, Segment, SegmentId, population_step, range_bytes};
+use crate::segments::{Memory, Place, SMALL_STEP, Segment, SegmentId, population_step, range_bytes};
 use std::sync::Arc;
 
 /// Requests from here on are refused without asking anyone (c10's limit: one exbibyte).
@@ -39,14 +39,6 @@ impl Drop for Relaxed {
         if let Err(error) = self.driver.exchange_capture_mode(self.before) {
             tracing::error!(%error, "the thread's stream capture mode could not be restored");
         }
-    }
-}
-
-/// Sorts a driver error into "no memory", which caches may mend, and the rest.
-fn shortage<T>(error: DriverError, capacity: u64) -> Result<std::result::Result<T, Exceeded>> {
-    match error.kind {
-        ErrorKind::OutOfMemory => Ok(Err(Exceeded { limit: Limit::Device, capacity })),
-        _ => Err(error.into()),
     }
 }
 
@@ -81,11 +73,11 @@ impl DeviceState {
     fn obtain(&mut self, request: &Request, context: &Option<Context>) -> Result<Obtained> {
         self.collect_garbage(context)?;
         let Err(mut exceeded) = self.new_memory(request, context)? else {
-            return Ok(self.best_fit(request).ok_or(self.lost()));
+            return Ok(self.best_fit(request).ok_or(self.nothing_left()));
         };
         if self.captures.is_empty() {
             if self.release_oversize(request, context)? && self.new_memory(request, context)?.is_ok() {
-                return Ok(self.best_fit(request).ok_or(self.lost()));
+                return Ok(self.best_fit(request).ok_or(self.nothing_left()));
             }
             self.release_cached(DEFAULT_POOL, context)?;
             self.stats.num_alloc_retries += 1;
@@ -94,16 +86,25 @@ impl DeviceState {
                 return Ok(Ok(block));
             }
             match self.new_memory(request, context)? {
-                Ok(()) => return Ok(self.best_fit(request).ok_or(self.lost())),
+                Ok(()) => return Ok(self.best_fit(request).ok_or(self.nothing_left())),
                 Err(again) => exceeded = again,
             }
         }
         Ok(self.borrow(request).ok_or(exceeded))
     }
 
-    /// What it would mean if memory just made could not be found in its list: out of memory, not a crash.
-    fn lost(&self) -> Exceeded {
+    /// CUDA, or a MemPool's own allocator, had no memory. Also what it would mean if memory just made could not be found in
+    /// its list: out of memory, not a crash.
+    fn nothing_left(&self) -> Exceeded {
         Exceeded { limit: Limit::Device, capacity: self.budget.capacity(&self.populated, None).capacity }
+    }
+
+    /// Sorts a driver error into "no memory", which caches may mend, and the rest.
+    fn shortage<T>(&self, error: DriverError) -> Result<std::result::Result<T, Exceeded>> {
+        match error.kind {
+            ErrorKind::OutOfMemory => Ok(Err(self.nothing_left())),
+            _ => Err(error.into()),
+        }
     }
 
     /// A free block of a pool that lends to others before they run out (`use_on_oom`).
@@ -143,20 +144,22 @@ impl DeviceState {
         if plan.memory == Memory::Device || private || request.rounded >= self.native.max_split_size {
             return self.fixed_segment(request, plan.memory, plan.place, step, context);
         }
-        if let Some((segment, missing)) = self.segment_with_room(request, plan.place) {
-            let room = self.segment(segment).room();
-            let step = population_step(request.rounded, missing).min(room);
-            let least = missing.next_multiple_of(SMALL_STEP);
-            let grown = self.grow(segment, step, request, context)?;
-            return match grown {
-                Err(_) if least < step => self.grow(segment, least, request, context),
-                grown => Ok(grown),
-            };
-        }
-        let least = request.rounded.next_multiple_of(SMALL_STEP);
-        match self.growing_segment(request, plan.place, step, context)? {
-            Err(_) if least < step => self.growing_segment(request, plan.place, least, context),
-            made => Ok(made),
+        let grows = self.segment_with_room(request, plan.place);
+        let (step, missing) = match grows {
+            Some((segment, missing)) => {
+                (population_step(request.rounded, missing).min(self.segment(segment).room()), missing)
+            }
+            None => (step, request.rounded),
+        };
+        let populate = |state: &mut Self, bytes| match grows {
+            Some((segment, _)) => state.grow(segment, bytes, request, context),
+            None => state.growing_segment(request, plan.place, bytes, context),
+        };
+        // Close to a limit the step may be too much where the request itself is not.
+        let least = missing.next_multiple_of(SMALL_STEP);
+        match populate(self, step)? {
+            Err(_) if least < step => populate(self, least),
+            populated => Ok(populated),
         }
     }
 
@@ -202,7 +205,7 @@ impl DeviceState {
             return Ok(Err(exceeded));
         }
         if let Err(error) = self.populate(Range { ptr: start, bytes }, place, request) {
-            return shortage(error, self.budget.capacity(&self.populated, None).capacity);
+            return self.shortage(error);
         }
         self.segment_mut(id).populated += bytes;
         self.populated.add(place, bytes);
@@ -235,7 +238,7 @@ impl DeviceState {
         let range = range_bytes(request.rounded);
         let base = match self.managed_range(range, bytes, place, request) {
             Ok(base) => base,
-            Err(error) => return shortage(error, self.budget.capacity(&self.populated, None).capacity),
+            Err(error) => return self.shortage(error),
         };
         self.add_segment(request, base, (range, bytes), (true, Memory::Managed, place), context);
         Ok(Ok(()))
@@ -253,18 +256,17 @@ impl DeviceState {
         if let Err(exceeded) = self.admit(place, bytes)? {
             return Ok(Err(exceeded));
         }
-        let capacity = self.budget.capacity(&self.populated, None).capacity;
         let made = match memory {
             Memory::Managed => self.managed_range(bytes, bytes, place, request),
             Memory::Device => self.driver.alloc_device(self.device, bytes),
             Memory::Custom(custom) => match self.hooks.custom_alloc(custom, bytes) {
                 Some(base) => Ok(base),
-                None => return Ok(Err(Exceeded { limit: Limit::Device, capacity })),
+                None => return Ok(Err(self.nothing_left())),
             },
         };
         let base = match made {
             Ok(base) => base,
-            Err(error) => return shortage(error, capacity),
+            Err(error) => return self.shortage(error),
         };
         self.add_segment(request, base, (bytes, bytes), (false, memory, place), context);
         Ok(Ok(()))
@@ -417,13 +419,9 @@ impl DeviceState {
 
     fn give_back(&self, memory: Memory, base: DevicePtr) -> crate::driver::Result<()> {
         match memory {
-            Memory::Custom(custom) if self.custom_free(custom, base) => Ok(()),
+            Memory::Custom(custom) if self.hooks.custom_free(custom, base) => Ok(()),
             _ => self.driver.free(self.device, base),
         }
-    }
-
-    fn custom_free(&self, custom: CustomAllocator, base: DevicePtr) -> bool {
-        self.hooks.custom_free(custom, base)
     }
 
     /// The wholly free segments of a pool, with their bytes.
