@@ -412,7 +412,7 @@ bool UvmAllocator::checkPoolLiveAllocations(
 std::shared_ptr<c10cca::AllocatorState> UvmAllocator::getCheckpointState(
     c10::DeviceIndex device,
     MempoolId pool) {
-  auto checkpoint = bridge::checkpoint(device, pool_id(pool), stacks_.gather(RecordContext::ALL));
+  auto checkpoint = bridge::checkpoint(device, pool_id(pool));
   check(checkpoint->valid());
   return std::make_shared<PoolState>(std::move(checkpoint));
 }

@@ -397,12 +397,7 @@ impl Allocator {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device or pool, or one with frees that wait for events; the driver's.
-    pub fn checkpoint_state(
-        &self,
-        device: DeviceIndex,
-        id: MempoolId,
-        _context: Option<Context>,
-    ) -> Result<Arc<PoolState>> {
+    pub fn checkpoint_state(&self, device: DeviceIndex, id: MempoolId) -> Result<Arc<PoolState>> {
         settled(self.device(device)?).checkpoint_state(id).map(Arc::new)
     }
 

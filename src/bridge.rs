@@ -236,7 +236,7 @@ pub(crate) mod ffi {
         type Checkpoint;
         /// Whether there is a state in it; if not, the reason waits in `take_failure`.
         fn valid(self: &Checkpoint) -> bool;
-        fn checkpoint(device: i32, pool: PoolId, context: SharedPtr<StackContext>) -> Box<Checkpoint>;
+        fn checkpoint(device: i32, pool: PoolId) -> Box<Checkpoint>;
         fn restore(device: i32, state: &Checkpoint, context: SharedPtr<StackContext>, out: &mut Restored) -> bool;
     }
 
@@ -449,8 +449,8 @@ impl Checkpoint {
     }
 }
 
-fn checkpoint(device: DeviceIndex, pool: ffi::PoolId, context: SharedPtr<ffi::StackContext>) -> Box<Checkpoint> {
-    let state = with(|allocator| allocator.checkpoint_state(device, pool_id(pool), convert::context(context)));
+fn checkpoint(device: DeviceIndex, pool: ffi::PoolId) -> Box<Checkpoint> {
+    let state = with(|allocator| allocator.checkpoint_state(device, pool_id(pool)));
     Box::new(Checkpoint(state))
 }
 

@@ -175,7 +175,7 @@ fn a_checkpoint_brings_back_the_same_addresses() {
         snapshot.segments.iter().map(blocks).collect()
     };
     let (then, stats) = (segments(&world), world.allocator.device_stats(0).unwrap());
-    let state = world.allocator.checkpoint_state(0, GRAPH, None).unwrap();
+    let state = world.allocator.checkpoint_state(0, GRAPH).unwrap();
 
     // The program goes on: frees, allocates, and the options change.
     world.allocator.free(before[0], None).unwrap();
@@ -206,12 +206,12 @@ fn a_checkpoint_brings_back_the_same_addresses() {
 fn a_checkpoint_that_does_not_fit_changes_nothing() {
     let world = World::small();
     let ptrs = in_pool(&world, GRAPH, &[512]);
-    let state = world.allocator.checkpoint_state(0, GRAPH, None).unwrap();
+    let state = world.allocator.checkpoint_state(0, GRAPH).unwrap();
     assert!(world.allocator.restore_pool(1, &state, None).is_err());
     world.allocator.free(ptrs[0], None).unwrap();
     world.allocator.release_pool(0, GRAPH).unwrap();
     assert!(world.allocator.restore_pool(0, &state, None).is_err());
-    assert!(world.allocator.checkpoint_state(0, GRAPH, None).is_err());
+    assert!(world.allocator.checkpoint_state(0, GRAPH).is_err());
     world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
     // A new pool of the same name does not have the segment.
     let again = in_pool(&world, GRAPH, &[3 * MIB]);
