@@ -1,0 +1,66 @@
+"""Unified memory for PyTorch's CUDA caching allocator.
+
+The environment variable chooses the allocator, and nothing in a program changes:
+
+    export PYTORCH_CUDA_ALLOC_CONF='use_uvm:True,uvm_oversubscription_ratio:5.0,uvm_access_pattern:gpu_first'
+
+PyTorch loads this package by itself, at the end of `import torch`. What is here is for programs that want to know more
+(`is_enabled`, `config`, `memory_info`) or to put chosen tensors in a chosen place (`placement`, `MemPool`).
+`python -m torch_uvm doctor` says what a machine is and what will work on it.
+
+Every process that imports PyTorch imports this module, with or without `use_uvm`: so it imports nothing before it is
+asked.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # what type checkers take for true; `typing` itself would have to be imported
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ._activate import activate
+    from ._library import MemoryInfo
+    from ._pools import MemPool, empty_cache, placement
+    from ._report import config, is_enabled, memory_info
+
+    __version__: str
+
+__all__ = [
+    "MemPool",
+    "MemoryInfo",
+    "__version__",
+    "activate",
+    "config",
+    "empty_cache",
+    "is_enabled",
+    "memory_info",
+    "placement",
+]
+
+_HOMES = {
+    "MemPool": "_pools",
+    "MemoryInfo": "_library",
+    "__version__": "_version",
+    "activate": "_activate",
+    "config": "_report",
+    "empty_cache": "_pools",
+    "is_enabled": "_report",
+    "memory_info": "_report",
+    "placement": "_pools",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the module that a public name lives in when it is first asked for."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
