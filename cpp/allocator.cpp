@@ -2,6 +2,7 @@
 
 #include <torch_uvm/failure.h>
 #include <torch_uvm/observers.h>
+#include <torch_uvm/settings.h>
 
 #include <c10/core/impl/GPUTrace.h>
 #include <c10/cuda/CUDAException.h>
@@ -27,6 +28,10 @@ std::uint64_t address(const void* ptr) {
 
 void* pointer(std::uint64_t address) {
   return reinterpret_cast<void*>(address);
+}
+
+rust::Slice<const std::uint8_t> bytes_of(const std::string& text) {
+  return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
 }
 
 std::uint64_t handle(cudaStream_t stream) {
@@ -130,7 +135,14 @@ std::string UvmAllocator::name() {
 }
 
 void UvmAllocator::init(int device_count) {
+  const bool first = !bridge::initialized();
+  parse_environment();
   check(bridge::init(device_count, native_settings()));
+  if (const double fraction = per_process_memory_fraction(); first && fraction != 1.0) {
+    for (int device = 0; device < device_count; ++device) {
+      setMemoryFraction(fraction, static_cast<c10::DeviceIndex>(device));
+    }
+  }
   if (!trace_trackers().empty()) {
     check(bridge::set_tracing(true));
   }
@@ -161,13 +173,18 @@ void* UvmAllocator::malloc(c10::DeviceIndex device, size_t bytes, cudaStream_t s
       C10_LIKELY(!stack) ? bridge::allocate(device, bytes, handle(stream))
                          : bridge::allocate_with_context(device, bytes, handle(stream), std::move(stack)));
   check(ptr != nullptr);
+  tell(ptr);
+  return ptr;
+}
+
+// Tells whoever listens of a new allocation.
+void UvmAllocator::tell(void* ptr) {
   tell_allocated(ptr);
   if (C10_UNLIKELY(c10::memoryProfilingEnabled())) {
     bridge::Allocation allocation{};
     check(bridge::allocation(address(ptr), allocation));
     tell_profiler(ptr, allocation, 1);
   }
-  return ptr;
 }
 
 bool UvmAllocator::free(void* ptr) {
@@ -243,6 +260,20 @@ void UvmAllocator::raw_delete(void* ptr) {
   }
 }
 
+c10::DataPtr UvmAllocator::allocate_at(size_t bytes, void* wanted) {
+  refuse_absurd(bytes);
+  TORCH_CHECK(caching(), "allocateWithAddress: this allocator keeps no memory while its caching is off");
+  const auto device = current_device();
+  if (bytes == 0) {
+    return {nullptr, nullptr, &deleter, cuda(device)};
+  }
+  void* ptr = pointer(bridge::allocate_at(
+      device, address(wanted), bytes, handle(current_stream(device)), stacks_.gather(RecordContext::STATE)));
+  check(ptr != nullptr);
+  tell(ptr);
+  return {ptr, ptr, &deleter, cuda(device)};
+}
+
 void UvmAllocator::recordStream(const c10::DataPtr& ptr, c10::cuda::CUDAStream stream) {
   // An empty tensor has no memory, and one that came from another process or allocator is not ours to keep alive.
   if (ptr.get() == nullptr || ptr.get_deleter() != &deleter) {
@@ -255,6 +286,7 @@ void UvmAllocator::recordStream(const c10::DataPtr& ptr, c10::cuda::CUDAStream s
 
 void UvmAllocator::empty_cache(MempoolId pool) {
   check(bridge::empty_cache(pool_id(pool), stacks_.gather(RecordContext::ALL)));
+  custom_allocators().drop_forgotten();
 }
 
 void UvmAllocator::cacheInfo(c10::DeviceIndex device, size_t* largest_block) {
@@ -272,6 +304,12 @@ double UvmAllocator::getMemoryFraction(c10::DeviceIndex device) {
 
 void UvmAllocator::setMemoryFraction(double fraction, c10::DeviceIndex device) {
   check(bridge::set_memory_fraction(device, fraction));
+}
+
+std::pair<size_t, size_t> UvmAllocator::memory_info(c10::DeviceIndex device) {
+  bridge::MemoryInfo info{};
+  check(bridge::memory_info(device, info));
+  return {info.free, info.capacity};
 }
 
 void* UvmAllocator::getBaseAllocation(void* ptr, size_t* size) {
@@ -305,7 +343,8 @@ c10::CachingDeviceAllocator::DeviceStats UvmAllocator::getDeviceStats(c10::Devic
   stats.num_sync_all_streams = from.num_sync_all_streams;
   stats.num_device_alloc = from.num_device_alloc;
   stats.num_device_free = from.num_device_free;
-  stats.max_split_size = static_cast<int64_t>(c10cca::CUDAAllocatorConfig::max_split_size());
+  stats.max_split_size = static_cast<int64_t>(NativeConfig::max_split_size());
+  add_later_stats(stats, from, [](const bridge::StatArray& array) { return translate(array); });
   return stats;
 }
 
@@ -321,8 +360,15 @@ void UvmAllocator::record_history(const HistoryRequest& request) {
   TORCH_CHECK(
       request.when == RecordContext::NEVER || request.recorder != nullptr,
       "recordHistory: stacks were asked for without a function that gathers them");
-  check(bridge::set_history(
-      request.enabled, request.max_entries, static_cast<bridge::RecordContext>(request.when), request.clear));
+  bridge::Recording recording{};
+  recording.enabled = request.enabled;
+  recording.capacity = request.max_entries;
+  recording.level = static_cast<bridge::RecordContext>(request.when);
+  recording.clear = request.clear;
+  for (const auto& name : request.skip) {
+    recording.skip.push_back(action_named(name));
+  }
+  check(bridge::set_history(recording));
   stacks_.configure(request);
   annotations_.configure(request);
 }
@@ -335,11 +381,13 @@ void UvmAllocator::recordAnnotation(const std::vector<std::pair<std::string, std
   annotations_.add(metadata);
 }
 
-c10cca::SnapshotInfo UvmAllocator::snapshot_of(MempoolId pool) {
+c10cca::SnapshotInfo UvmAllocator::snapshot_of(MempoolId pool, bool with_traces) {
   bridge::Snapshot snapshot;
-  check(bridge::snapshot(pool_id(pool), snapshot));
+  check(bridge::snapshot(pool_id(pool), with_traces, snapshot));
   auto info = translate(snapshot);
-  info.external_annotations = annotations_.all();
+  if (with_traces) {
+    info.external_annotations = annotations_.all();
+  }
   info.config_metadata = config_info();
 
   const auto to_nanoseconds = clock_.makeConverter();
@@ -355,6 +403,37 @@ c10cca::SnapshotInfo UvmAllocator::snapshot_of(MempoolId pool) {
   return info;
 }
 
+void UvmAllocator::push_compile_context(const std::string& name) {
+  if (bridge::history_enabled()) { // the trace is all that it is for
+    check(bridge::push_compile_context(current_device(), bytes_of(name)));
+  }
+}
+
+void UvmAllocator::pop_compile_context() {
+  if (bridge::initialized()) { // one without its push is no error
+    check(bridge::pop_compile_context(current_device()));
+  }
+}
+
+void UvmAllocator::set_user_metadata(const std::string& metadata) {
+  check(bridge::set_user_metadata(current_device(), bytes_of(metadata)));
+}
+
+std::string UvmAllocator::user_metadata() {
+  rust::String metadata;
+  check(bridge::user_metadata(current_device(), metadata));
+  return std::string(metadata);
+}
+
+void UvmAllocator::annotate(const void* ptr, const std::string& metadata) {
+  check(bridge::annotate(address(ptr), bytes_of(metadata)));
+}
+
+std::shared_ptr<c10::GatheredContext> UvmAllocator::context_of(const void* ptr) {
+  const auto context = bridge::context_of(address(ptr));
+  return context ? context->gathered : nullptr;
+}
+
 void UvmAllocator::attachOutOfMemoryObserver(c10cca::OutOfMemoryObserver observer) {
   out_of_memory_observers().attach(std::move(observer));
 }
@@ -366,15 +445,21 @@ void UvmAllocator::attachAllocatorTraceTracker(c10cca::AllocatorTraceTracker tra
   }
 }
 
+void UvmAllocator::attach_oom_rejection_observer(RejectionObserver observer) {
+  rejection_observers().attach(std::move(observer));
+}
+
 // Private pools.
 
 void UvmAllocator::begin_allocate_to_pool(
     c10::DeviceIndex device,
     MempoolId pool,
     std::function<bool(cudaStream_t)> filter,
-    c10cca::CUDAAllocator* custom) {
+    CustomAllocator custom) {
+  const auto custom_address = address(custom.get());
+  custom_allocators().keep(device, pool, std::move(custom));
   check(bridge::begin_allocate_to_pool(
-      device, pool_id(pool), std::make_unique<bridge::StreamFilter>(std::move(filter)), address(custom)));
+      device, pool_id(pool), std::make_unique<bridge::StreamFilter>(std::move(filter)), custom_address));
 }
 
 void UvmAllocator::endAllocateToPool(c10::DeviceIndex device, MempoolId pool) {
@@ -385,8 +470,18 @@ void UvmAllocator::releasePool(c10::DeviceIndex device, MempoolId pool) {
   check(bridge::release_pool(device, pool_id(pool)));
 }
 
-void UvmAllocator::ensure_pool(c10::DeviceIndex device, MempoolId pool, c10cca::CUDAAllocator* custom) {
-  check(bridge::ensure_pool(device, pool_id(pool), address(custom)));
+void UvmAllocator::ensure_pool(c10::DeviceIndex device, MempoolId pool, CustomAllocator custom) {
+  const auto custom_address = address(custom.get());
+  custom_allocators().keep(device, pool, std::move(custom));
+  check(bridge::ensure_pool(device, pool_id(pool), custom_address));
+}
+
+void UvmAllocator::set_use_on_oom(c10::DeviceIndex device, MempoolId pool, bool on) {
+  check(bridge::set_use_on_oom(device, pool_id(pool), on));
+}
+
+void UvmAllocator::set_no_split(c10::DeviceIndex device, MempoolId pool) {
+  check(bridge::set_no_split(device, pool_id(pool)));
 }
 
 int UvmAllocator::getPoolUseCount(c10::DeviceIndex device, MempoolId pool) {

@@ -21,6 +21,11 @@ namespace {
   for (const auto& observer : out_of_memory_observers().all()) {
     observer(failure.device, failure.requested, failure.total, failure.free);
   }
+  if (failure.rejected) {
+    for (const auto& observer : rejection_observers().all()) {
+      observer(failure.device, failure.requested, failure.allocated, failure.total);
+    }
+  }
   TORCH_CHECK_WITH(OutOfMemoryError, false, std::string(failure.message));
 }
 

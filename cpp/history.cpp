@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAFunctions.h>
 
 #include <algorithm>
+#include <string_view>
 
 namespace torch_uvm {
 
@@ -34,12 +35,14 @@ c10cca::TraceEntry::Action translate(bridge::Action action) {
       return Theirs::SNAPSHOT;
     case bridge::Action::OutOfMemory:
       return Theirs::OOM;
+    case bridge::Action::Annotate:
+      return annotation();
   }
   TORCH_INTERNAL_ASSERT(false, "unknown action of the uvm allocator: ", static_cast<int>(action));
 }
 
-c10cca::SegmentInfo translate(const bridge::SegmentInfo& from) {
-  c10cca::SegmentInfo segment;
+c10cda::SegmentInfo translate(const bridge::SegmentInfo& from) {
+  c10cda::SegmentInfo segment;
   segment.device = static_cast<c10::DeviceIndex>(from.device);
   segment.address = from.address;
   segment.total_size = from.total_bytes;
@@ -64,6 +67,29 @@ c10cca::SegmentInfo translate(const bridge::SegmentInfo& from) {
 }
 
 } // namespace
+
+bridge::Action action_named(const std::string& name) {
+  static constexpr std::pair<std::string_view, bridge::Action> kActions[] = {
+      {"alloc", bridge::Action::Alloc},
+      {"free_requested", bridge::Action::FreeRequested},
+      {"free_completed", bridge::Action::FreeCompleted},
+      {"segment_alloc", bridge::Action::SegmentAlloc},
+      {"segment_free", bridge::Action::SegmentFree},
+      {"segment_map", bridge::Action::SegmentMap},
+      {"segment_unmap", bridge::Action::SegmentUnmap},
+      {"snapshot", bridge::Action::Snapshot},
+      {"oom", bridge::Action::OutOfMemory},
+      {"annotate", bridge::Action::Annotate},
+  };
+  std::string known;
+  for (const auto& [theirs, action] : kActions) {
+    if (name == theirs) {
+      return action;
+    }
+    known.append(known.empty() ? "" : ", ").append(theirs);
+  }
+  TORCH_CHECK_VALUE(false, "skip_actions: '", name, "' is not allowed: expected some of ", known);
+}
 
 c10cca::TraceEntry translate(const bridge::TraceEntry& entry) {
   return make_trace_entry(translate(entry.action), entry, gathered(entry.context));
@@ -116,7 +142,7 @@ void Annotations::add(const std::vector<std::pair<std::string, std::string>>& me
   }
   c10::DeviceIndex device = 0;
   C10_CUDA_CHECK(c10::cuda::GetDevice(&device));
-  c10cca::AnnotationEntry entry(device, c10::getApproximateTime());
+  c10cda::AnnotationEntry entry(device, c10::getApproximateTime());
   for (const auto& [name, value] : metadata) {
     entry.recordUserMetadata(name, value);
   }
@@ -127,7 +153,7 @@ void Annotations::add(const std::vector<std::pair<std::string, std::string>>& me
   entries_.push_back(std::move(entry));
 }
 
-std::vector<c10cca::AnnotationEntry> Annotations::all() const {
+std::vector<c10cda::AnnotationEntry> Annotations::all() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return {entries_.begin(), entries_.end()};
 }

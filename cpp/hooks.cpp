@@ -1,5 +1,6 @@
 // What the allocator asks of PyTorch (declared in torch_uvm/bridge_types.h).
 
+#include <torch_uvm/custom_allocators.h>
 #include <torch_uvm/history.h>
 #include <torch_uvm/observers.h>
 #include <torch_uvm/torch_version.h>
@@ -17,6 +18,16 @@ Observers<c10cca::OutOfMemoryObserver>& out_of_memory_observers() {
 Observers<c10cca::AllocatorTraceTracker>& trace_trackers() {
   static auto* trackers = new Observers<c10cca::AllocatorTraceTracker>();
   return *trackers;
+}
+
+Observers<std::function<void(int64_t, size_t, size_t, size_t)>>& rejection_observers() {
+  static auto* observers = new Observers<std::function<void(int64_t, size_t, size_t, size_t)>>();
+  return *observers;
+}
+
+CustomAllocators& custom_allocators() {
+  static auto* allocators = new CustomAllocators();
+  return *allocators;
 }
 
 namespace bridge {
@@ -69,9 +80,8 @@ std::uint64_t custom_alloc(std::uint64_t allocator, std::uint64_t bytes) noexcep
 }
 
 bool custom_free(std::uint64_t allocator, std::uint64_t ptr) noexcept {
-  // The pool may outlive its allocator: only one that is known to be there now is called.
-  auto* custom = AllocatorInterface::active_custom_allocator();
-  if (reinterpret_cast<std::uint64_t>(custom) != allocator) {
+  auto* custom = reinterpret_cast<c10cca::CUDAAllocator*>(allocator);
+  if (!AllocatorInterface::reachable(custom)) {
     return false;
   }
   // Even where it throws, the memory was its own to free: the driver must not free it again.
@@ -79,6 +89,10 @@ bool custom_free(std::uint64_t allocator, std::uint64_t ptr) noexcept {
     custom->raw_delete(reinterpret_cast<void*>(ptr));
     return true;
   });
+}
+
+void pool_forgotten(std::int32_t device, PoolId pool) noexcept {
+  custom_allocators().forget(static_cast<c10::DeviceIndex>(device), {pool.first, pool.second});
 }
 
 void trace(const TraceEntry& entry) noexcept {

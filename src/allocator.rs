@@ -3,13 +3,14 @@
 pub use crate::device::{Allocation, BlockInfo, PoolState, Restored, SegmentInfo};
 pub use crate::segments::CustomAllocator;
 
-use crate::device::DeviceState;
+use crate::budget::MemoryInfo;
+use crate::device::{DeviceState, check_supported};
 use crate::driver::{DeviceIndex, DevicePtr, Driver, IpcHandle, Stream};
 use crate::error::{Error, Result};
-use crate::history::{Context, RecordContext, TraceEntry};
+use crate::history::{Context, Recording, TraceEntry};
 use crate::options::{AccessPattern, NativeOptions, Options};
 use crate::pools::MempoolId;
-use crate::stats::DeviceStats;
+use crate::stats::{DeviceStats, StatArray};
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -28,6 +29,8 @@ pub trait Hooks: Send + Sync + 'static {
     /// Gives a segment back to it. False: that allocator cannot be reached now, and the driver frees. Called under a
     /// device's lock.
     fn custom_free(&self, allocator: CustomAllocator, ptr: DevicePtr) -> bool;
+    /// A pool is gone: it does not need its own allocator any more. Called under a device's lock.
+    fn pool_forgotten(&self, device: DeviceIndex, id: MempoolId);
     /// Tells the trace trackers, after [`Allocator::set_tracing`]. Called under a device's lock.
     fn trace(&self, entry: &TraceEntry);
 }
@@ -89,15 +92,7 @@ impl Allocator {
         let devices: Box<[Mutex<DeviceState>]> = (0..device_count)
             .map(|device| {
                 let info = self.driver.device_info(device)?;
-                if options.access_pattern != AccessPattern::Device
-                    && !(info.managed_memory && info.concurrent_managed_access)
-                {
-                    return Err(Error::NotSupported(format!(
-                        "use_uvm:True needs a device with concurrent managed access; device {device} ({}) has none (as under Windows, \
-                         WSL and on Tegra). Allowed here: uvm_access_pattern:device, or use_uvm:False",
-                        info.name
-                    )));
-                }
+                check_supported(&info, device, options.access_pattern)?;
                 let state = DeviceState::new(
                     device,
                     info,
@@ -304,12 +299,20 @@ impl Allocator {
         Ok(*settled(self.device(device)?).stats())
     }
 
+    /// The bytes reserved in each private pool of a device; those of pools that are gone stay, at 0, until a reset.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device.
+    pub fn pool_reserved(&self, device: DeviceIndex) -> Result<Vec<(MempoolId, StatArray)>> {
+        Ok(settled(self.device(device)?).pool_reserved().collect())
+    }
+
     /// Starts the accumulated statistics anew.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn reset_accumulated_stats(&self, device: DeviceIndex) -> Result<()> {
-        settled(self.device(device)?).stats_mut().reset_accumulated();
+        settled(self.device(device)?).reset_accumulated_stats();
         Ok(())
     }
 
@@ -318,7 +321,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn reset_peak_stats(&self, device: DeviceIndex) -> Result<()> {
-        settled(self.device(device)?).stats_mut().reset_peak();
+        settled(self.device(device)?).reset_peak_stats();
         Ok(())
     }
 
@@ -385,6 +388,15 @@ impl Allocator {
         settled(self.device(device)?).set_no_split(id, on)
     }
 
+    /// Where what a pool takes from CUDA from now on is placed.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device or pool; [`Error::NotSupported`] for managed memory on a device
+    /// without concurrent managed access.
+    pub fn set_pool_placement(&self, device: DeviceIndex, id: MempoolId, pattern: AccessPattern) -> Result<()> {
+        settled(self.device(device)?).set_placement(id, pattern)
+    }
+
     /// Whether the live allocations of a pool are exactly these addresses.
     ///
     /// # Errors
@@ -416,11 +428,11 @@ impl Allocator {
     }
 
     /// Starts or stops the memory history of all devices.
-    pub fn set_history(&self, enabled: bool, capacity: usize, level: RecordContext, clear: bool) {
+    pub fn set_history(&self, recording: Recording) {
         for state in self.devices() {
-            settled(state).set_history(enabled, capacity, level, clear);
+            settled(state).set_history(recording);
         }
-        self.history_enabled.store(enabled, Ordering::Relaxed);
+        self.history_enabled.store(recording.enabled, Ordering::Relaxed);
     }
 
     /// Whether the memory history is kept.
@@ -435,26 +447,93 @@ impl Allocator {
         }
     }
 
-    /// All segments and traces, or one pool's segments.
+    /// A compiled function begins on a device; its name goes into the trace.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device.
+    pub fn push_compile_context(&self, device: DeviceIndex, name: &str) -> Result<()> {
+        settled(self.device(device)?).push_compile_context(name);
+        Ok(())
+    }
+
+    /// The compiled function that began last on a device has ended.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device.
+    pub fn pop_compile_context(&self, device: DeviceIndex) -> Result<()> {
+        settled(self.device(device)?).pop_compile_context();
+        Ok(())
+    }
+
+    /// What every trace entry of a device from now on says beside the rest; empty: nothing.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device.
+    pub fn set_user_metadata(&self, device: DeviceIndex, metadata: &str) -> Result<()> {
+        settled(self.device(device)?).set_user_metadata(metadata);
+        Ok(())
+    }
+
+    /// What [`Allocator::set_user_metadata`] was given last.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device.
+    pub fn user_metadata(&self, device: DeviceIndex) -> Result<Option<Arc<str>>> {
+        Ok(settled(self.device(device)?).user_metadata())
+    }
+
+    /// Notes something about a live allocation in the trace.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPointer`].
+    pub fn annotate(&self, ptr: DevicePtr, metadata: &str) -> Result<()> {
+        self.with_owner(ptr, |state| state.annotate(ptr, metadata))
+    }
+
+    /// The stack that made the live allocation which this address lies in, where one was gathered.
+    pub fn context_of(&self, address: u64) -> Option<Context> {
+        self.devices().iter().find_map(|state| settled(state).context_of(address))
+    }
+
+    /// Allocates exactly the bytes at `address`, which the allocator must hold and nobody use.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] where they are not free, for a bad device or zero bytes; the driver's.
+    pub fn allocate_at(
+        &self,
+        device: DeviceIndex,
+        address: u64,
+        bytes: u64,
+        stream: Stream,
+        context: Option<Context>,
+    ) -> Result<DevicePtr> {
+        let state = self.device(device)?;
+        if bytes.wrapping_sub(1) >= crate::device::REQUEST_LIMIT - 1 {
+            return self.refuse(state, bytes, stream, context);
+        }
+        settled(state).allocate_at(address, bytes, stream, context)
+    }
+
+    /// All segments, or one pool's, with the traces where they are asked for.
     ///
     /// # Errors
     /// None at present; snapshots of later kinds ask CUDA.
-    pub fn snapshot(&self, mempool: MempoolId) -> Result<Snapshot> {
+    pub fn snapshot(&self, mempool: MempoolId, with_traces: bool) -> Result<Snapshot> {
         let mut snapshot = Snapshot { segments: Vec::new(), traces: Vec::new() };
         for state in self.devices() {
             let mut state = settled(state);
             // As `native`: the trace ends before the entry that marks this snapshot.
-            snapshot.traces.push(state.trace_entries());
+            snapshot.traces.push(if with_traces { state.trace_entries() } else { Vec::new() });
             snapshot.segments.extend(state.snapshot(mempool));
         }
         Ok(snapshot)
     }
 
-    /// What programs are told of memory: (free, total) in bytes, the total being the capacity.
+    /// Where this process's memory stands on a device, and how much more it may have.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device; the driver's.
-    pub fn memory_info(&self, device: DeviceIndex) -> Result<(u64, u64)> {
+    pub fn memory_info(&self, device: DeviceIndex) -> Result<MemoryInfo> {
         settled(self.device(device)?).memory_info()
     }
 

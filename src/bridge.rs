@@ -13,12 +13,14 @@ use crate::allocator::{Allocator, CustomAllocator};
 use crate::driver::cuda::CudaDriver;
 use crate::driver::{DeviceIndex, DevicePtr, Stream};
 use crate::error::{Error, Result};
+use crate::options::AccessPattern;
 use crate::pools::MempoolId;
 use cxx::{SharedPtr, UniquePtr};
 use failure::{guarded, take_failure};
 use hooks::PyTorch;
 use parking_lot::Mutex;
-use settings::{apply_settings, check_settings, wanted_by_environment};
+use settings::{apply_settings, check_settings, environment, options, without_ours};
+use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 #[cxx::bridge(namespace = "torch_uvm::bridge")]
@@ -46,6 +48,8 @@ pub(crate) mod ffi {
         /// The limit in force, or the device's memory.
         total: u64,
         free: u64,
+        /// Refused before CUDA was asked, and `throw_on_cudamalloc_oom` wants observers to be told.
+        rejected: bool,
     }
 
     /// `c10::MempoolId_t`.
@@ -62,6 +66,8 @@ pub(crate) mod ffi {
         garbage_collection_threshold: f64,
         roundup_power2_divisions: [u64; 16],
         expandable_segments: bool,
+        large_segment_size: u64,
+        throw_on_oom: bool,
     }
 
     struct Stat {
@@ -94,6 +100,31 @@ pub(crate) mod ffi {
         num_sync_all_streams: i64,
         num_device_alloc: i64,
         num_device_free: i64,
+        num_oom_rejections: i64,
+        pool_reserved_bytes: Vec<PoolReserved>,
+    }
+
+    /// What a private pool has reserved.
+    struct PoolReserved {
+        pool: PoolId,
+        bytes: StatArray,
+    }
+
+    /// Where the process's memory stands; see `torch_uvm_memory_info_t`.
+    struct MemoryInfo {
+        capacity: u64,
+        free: u64,
+        populated_device: u64,
+        populated_host: u64,
+        populated_unplaced: u64,
+        allocated: u64,
+        reserved: u64,
+        device_limit: u64,
+        device_total: u64,
+        device_free: u64,
+        host_total: u64,
+        host_available: u64,
+        host_reserve: u64,
     }
 
     struct BlockInfo {
@@ -130,6 +161,7 @@ pub(crate) mod ffi {
         SegmentUnmap,
         Snapshot,
         OutOfMemory,
+        Annotate,
     }
 
     struct TraceEntry {
@@ -141,6 +173,17 @@ pub(crate) mod ffi {
         time: i64,
         pool: PoolId,
         context: SharedPtr<StackContext>,
+        compile_context: String,
+        user_metadata: String,
+    }
+
+    /// What `recordHistory` was asked for.
+    struct Recording {
+        enabled: bool,
+        capacity: usize,
+        level: RecordContext,
+        clear: bool,
+        skip: Vec<Action>,
     }
 
     struct DeviceTrace {
@@ -178,6 +221,16 @@ pub(crate) mod ffi {
         offset: u64,
     }
 
+    /// What the environment's settings ask for.
+    struct Environment {
+        /// A key of ours is among them.
+        has_ours: bool,
+        /// They choose this allocator.
+        wanted: bool,
+        /// Ours are right.
+        valid: bool,
+    }
+
     /// What restoring a checkpoint did to the pool's allocations.
     struct Restored {
         freed: Vec<u64>,
@@ -189,9 +242,11 @@ pub(crate) mod ffi {
         fn take_failure() -> Failure;
 
         // Settings.
-        fn wanted_by_environment() -> bool;
+        fn environment() -> Environment;
         fn check_settings(conf: &[u8], active: bool) -> bool;
         fn apply_settings(conf: &[u8], native: &NativeSettings) -> bool;
+        fn without_ours(conf: &[u8]) -> String;
+        fn options(out: &mut String) -> bool;
 
         // Life.
         fn init(device_count: i32, native: &NativeSettings) -> bool;
@@ -202,27 +257,36 @@ pub(crate) mod ffi {
         fn allocate_with_context(device: i32, bytes: u64, stream: u64, context: SharedPtr<StackContext>) -> u64;
         fn free(ptr: u64) -> bool;
         fn free_with_context(ptr: u64, context: SharedPtr<StackContext>) -> bool;
+        fn allocate_at(device: i32, address: u64, bytes: u64, stream: u64, context: SharedPtr<StackContext>) -> u64;
 
         // Allocations.
         fn allocation(ptr: u64, out: &mut Allocation) -> bool;
         fn record_stream(ptr: u64, device: i32, stream: u64) -> bool;
         fn base_allocation(ptr: u64, out: &mut BaseAllocation) -> bool;
         fn ipc_handle(ptr: u64, out: &mut SharedAllocation) -> bool;
+        /// Null where no stack is known.
+        fn context_of(address: u64) -> SharedPtr<StackContext>;
+        fn annotate(ptr: u64, metadata: &[u8]) -> bool;
 
         // Caches and limits.
         fn empty_cache(pool: PoolId, context: SharedPtr<StackContext>) -> bool;
         fn cache_info(device: i32, largest: &mut u64) -> bool;
         fn memory_fraction(device: i32, fraction: &mut f64) -> bool;
         fn set_memory_fraction(device: i32, fraction: f64) -> bool;
+        fn memory_info(device: i32, out: &mut MemoryInfo) -> bool;
 
         // Statistics and history.
         fn device_stats(device: i32, out: &mut DeviceStats) -> bool;
         fn reset_accumulated_stats(device: i32) -> bool;
         fn reset_peak_stats(device: i32) -> bool;
-        fn set_history(enabled: bool, capacity: usize, level: RecordContext, clear: bool) -> bool;
+        fn set_history(recording: &Recording) -> bool;
         fn history_enabled() -> bool;
         fn set_tracing(on: bool) -> bool;
-        fn snapshot(pool: PoolId, out: &mut Snapshot) -> bool;
+        fn snapshot(pool: PoolId, with_traces: bool, out: &mut Snapshot) -> bool;
+        fn push_compile_context(device: i32, name: &[u8]) -> bool;
+        fn pop_compile_context(device: i32) -> bool;
+        fn set_user_metadata(device: i32, metadata: &[u8]) -> bool;
+        fn user_metadata(device: i32, out: &mut String) -> bool;
 
         // Private pools. `custom`: the CUDAAllocator of a MemPool, or 0.
         fn begin_allocate_to_pool(device: i32, pool: PoolId, filter: UniquePtr<StreamFilter>, custom: u64) -> bool;
@@ -230,6 +294,9 @@ pub(crate) mod ffi {
         fn release_pool(device: i32, pool: PoolId) -> bool;
         fn ensure_pool(device: i32, pool: PoolId, custom: u64) -> bool;
         fn pool_use_count(device: i32, pool: PoolId, count: &mut i32) -> bool;
+        fn set_use_on_oom(device: i32, pool: PoolId, on: bool) -> bool;
+        fn set_no_split(device: i32, pool: PoolId) -> bool;
+        fn set_pool_placement(device: i32, pool: PoolId, placement: &[u8]) -> bool;
         fn check_pool_live_allocations(device: i32, pool: PoolId, expected: &[u64], equal: &mut bool) -> bool;
 
         /// A checkpointed private pool.
@@ -259,6 +326,8 @@ pub(crate) mod ffi {
         fn custom_alloc(allocator: u64, bytes: u64) -> u64;
         /// Gives it back; false where that allocator is not reachable now.
         fn custom_free(allocator: u64, ptr: u64) -> bool;
+        /// A pool is gone, and does not need its own allocator any more.
+        fn pool_forgotten(device: i32, pool: PoolId);
         /// Tells the AllocatorTraceTrackers.
         fn trace(entry: &TraceEntry);
     }
@@ -354,6 +423,32 @@ fn ipc_handle(ptr: u64, out: &mut ffi::SharedAllocation) -> bool {
     )
 }
 
+fn allocate_at(
+    device: DeviceIndex,
+    address: u64,
+    bytes: u64,
+    stream: u64,
+    context: SharedPtr<ffi::StackContext>,
+) -> u64 {
+    with(|allocator| allocator.allocate_at(device, address, bytes, Stream(stream), convert::context(context)))
+        .map_or(0, |ptr| ptr.0)
+}
+
+fn context_of(address: u64) -> SharedPtr<ffi::StackContext> {
+    guarded(|| Ok(ALLOCATOR.get().and_then(|allocator| allocator.context_of(address))))
+        .flatten()
+        .map_or_else(SharedPtr::null, |context| convert::stack(Some(&context)))
+}
+
+fn annotate(ptr: u64, metadata: &[u8]) -> bool {
+    with(|allocator| allocator.annotate(DevicePtr(ptr), &text(metadata))).is_some()
+}
+
+/// Text from C++, where strings are bytes.
+fn text(bytes: &[u8]) -> Cow<'_, str> {
+    String::from_utf8_lossy(bytes)
+}
+
 fn empty_cache(pool: ffi::PoolId, context: SharedPtr<ffi::StackContext>) -> bool {
     with(|allocator| allocator.empty_cache(pool_id(pool), convert::context(context))).is_some()
 }
@@ -370,8 +465,13 @@ fn set_memory_fraction(device: DeviceIndex, fraction: f64) -> bool {
     with(|allocator| allocator.set_memory_fraction(device, fraction)).is_some()
 }
 
+fn memory_info(device: DeviceIndex, out: &mut ffi::MemoryInfo) -> bool {
+    answer(out, |allocator| allocator.memory_info(device), |info| convert::memory_info(&info))
+}
+
 fn device_stats(device: DeviceIndex, out: &mut ffi::DeviceStats) -> bool {
-    answer(out, |allocator| allocator.device_stats(device), |stats| convert::device_stats(&stats))
+    let both = |allocator: &Allocator| Ok((allocator.device_stats(device)?, allocator.pool_reserved(device)?));
+    answer(out, both, |(stats, pools)| convert::device_stats(&stats, &pools))
 }
 
 fn reset_accumulated_stats(device: DeviceIndex) -> bool {
@@ -382,9 +482,9 @@ fn reset_peak_stats(device: DeviceIndex) -> bool {
     with(|allocator| allocator.reset_peak_stats(device)).is_some()
 }
 
-fn set_history(enabled: bool, capacity: usize, level: ffi::RecordContext, clear: bool) -> bool {
+fn set_history(recording: &ffi::Recording) -> bool {
     with(|allocator| {
-        allocator.set_history(enabled, capacity, convert::record_context(level)?, clear);
+        allocator.set_history(convert::recording(recording)?);
         Ok(())
     })
     .is_some()
@@ -402,8 +502,24 @@ fn set_tracing(on: bool) -> bool {
     .is_some()
 }
 
-fn snapshot(pool: ffi::PoolId, out: &mut ffi::Snapshot) -> bool {
-    answer(out, |allocator| allocator.snapshot(pool_id(pool)), convert::snapshot)
+fn snapshot(pool: ffi::PoolId, with_traces: bool, out: &mut ffi::Snapshot) -> bool {
+    answer(out, |allocator| allocator.snapshot(pool_id(pool), with_traces), convert::snapshot)
+}
+
+fn push_compile_context(device: DeviceIndex, name: &[u8]) -> bool {
+    with(|allocator| allocator.push_compile_context(device, &text(name))).is_some()
+}
+
+fn pop_compile_context(device: DeviceIndex) -> bool {
+    with(|allocator| allocator.pop_compile_context(device)).is_some()
+}
+
+fn set_user_metadata(device: DeviceIndex, metadata: &[u8]) -> bool {
+    with(|allocator| allocator.set_user_metadata(device, &text(metadata))).is_some()
+}
+
+fn user_metadata(device: DeviceIndex, out: &mut String) -> bool {
+    answer(out, |allocator| allocator.user_metadata(device), |text| text.as_deref().unwrap_or_default().to_owned())
 }
 
 fn begin_allocate_to_pool(
@@ -434,6 +550,28 @@ fn ensure_pool(device: DeviceIndex, pool: ffi::PoolId, custom: u64) -> bool {
 
 fn pool_use_count(device: DeviceIndex, pool: ffi::PoolId, count: &mut i32) -> bool {
     answer(count, |allocator| allocator.pool_use_count(device, pool_id(pool)), |count| count)
+}
+
+fn set_use_on_oom(device: DeviceIndex, pool: ffi::PoolId, on: bool) -> bool {
+    with(|allocator| allocator.set_use_on_oom(device, pool_id(pool), on)).is_some()
+}
+
+fn set_no_split(device: DeviceIndex, pool: ffi::PoolId) -> bool {
+    with(|allocator| allocator.set_no_split(device, pool_id(pool), true)).is_some()
+}
+
+fn set_pool_placement(device: DeviceIndex, pool: ffi::PoolId, placement: &[u8]) -> bool {
+    with(|allocator| {
+        let name = text(placement);
+        let pattern = AccessPattern::named(&name).ok_or_else(|| {
+            Error::InvalidArgument(format!(
+                "placement: '{name}' is not allowed: expected {}",
+                AccessPattern::EXPECTED
+            ))
+        })?;
+        allocator.set_pool_placement(device, pool_id(pool), pattern)
+    })
+    .is_some()
 }
 
 fn check_pool_live_allocations(device: DeviceIndex, pool: ffi::PoolId, expected: &[u64], equal: &mut bool) -> bool {

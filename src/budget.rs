@@ -1,6 +1,6 @@
 //! How much there is, how much is populated where, and which limit a request meets.
 
-use crate::driver::{DeviceInfo, HostMemory};
+use crate::driver::{DeviceInfo, DeviceMemory, HostMemory};
 use crate::error::Limit;
 use crate::options::{AccessPattern, Options};
 use crate::segments::Place;
@@ -48,6 +48,29 @@ impl Populated {
     fn on_host(&self, device_memory: u64) -> u64 {
         self.host + (self.device + self.unplaced).saturating_sub(device_memory)
     }
+}
+
+/// Where a process's memory stands on one device. All figures in bytes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MemoryInfo {
+    /// The cap on populated bytes: what programs are told is the total.
+    pub capacity: u64,
+    /// The capacity less what is populated and what others hold: what programs are told is free.
+    pub free: u64,
+    /// What is populated, by place.
+    pub populated: Populated,
+    /// In live allocations.
+    pub allocated: u64,
+    /// Populated in all, cached memory included.
+    pub reserved: u64,
+    /// The soft limit on what is kept on the device.
+    pub device_limit: u64,
+    /// Host memory kept for everyone else.
+    pub host_reserve: u64,
+    /// The device as CUDA sees it.
+    pub device: DeviceMemory,
+    /// The host as the machine and its cgroups have it.
+    pub host: HostMemory,
 }
 
 /// A request that does not fit, and the limit it met.

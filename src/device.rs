@@ -17,11 +17,11 @@ use crate::blocks::{Block, BlockId, BlockState, Blocks, ListId, MIN_BLOCK};
 use crate::budget::{Budget, Populated};
 use crate::driver::{DeviceIndex, DeviceInfo, DevicePtr, Driver, IpcHandle, Stream};
 use crate::error::{Error, Result};
-use crate::history::{Action, Context, History, TraceEntry};
-use crate::options::{NativeOptions, Options};
-use crate::pools::{DEFAULT_POOL, List, PoolId, Pools};
+use crate::history::{Action, Context, History, Labels, Recording, TraceEntry};
+use crate::options::{AccessPattern, NativeOptions, Options};
+use crate::pools::{DEFAULT_POOL, List, MempoolId, PoolId, Pools};
 use crate::segments::{Memory, Segment, SegmentId, round_size};
-use crate::stats::DeviceStats;
+use crate::stats::{DeviceStats, StatArray};
 use crate::streams::Waits;
 use rustc_hash::FxHashMap;
 use std::sync::Arc;
@@ -61,6 +61,21 @@ fn live_segment(segments: &mut [Option<Segment>], id: SegmentId) -> &mut Segment
     segments[id.0 as usize].as_mut().expect("a SegmentId is only kept while its segment lives")
 }
 
+/// Whether a device can place memory so.
+///
+/// # Errors
+/// [`Error::NotSupported`], with what works instead.
+pub fn check_supported(info: &DeviceInfo, device: DeviceIndex, pattern: AccessPattern) -> Result<()> {
+    if pattern == AccessPattern::Device || (info.managed_memory && info.concurrent_managed_access) {
+        return Ok(());
+    }
+    Err(Error::NotSupported(format!(
+        "use_uvm:True needs a device with concurrent managed access; device {device} ({}) has none (as under Windows, WSL \
+         and on Tegra). Allowed here: uvm_access_pattern:device, or use_uvm:False",
+        info.name
+    )))
+}
+
 /// Everything known about one device.
 pub struct DeviceState {
     device: DeviceIndex,
@@ -83,7 +98,12 @@ pub struct DeviceState {
     waits: Waits,
     captures: Vec<Capture>,
     stats: DeviceStats,
+    /// Reserved bytes of private pools; those of pools that are gone stay until statistics are reset.
+    pool_reserved: FxHashMap<MempoolId, StatArray>,
     history: History,
+    /// The compiled functions that are running, innermost last.
+    compile_contexts: Vec<Arc<str>>,
+    user_metadata: Option<Arc<str>>,
     /// Whether [`Hooks::trace`] wants entries.
     tracked: bool,
     /// `history.enabled() || tracked`: one test on the hot path.
@@ -125,7 +145,10 @@ impl DeviceState {
             waits: Waits::default(),
             captures: Vec::new(),
             stats: DeviceStats::default(),
+            pool_reserved: FxHashMap::default(),
             history: History::default(),
+            compile_contexts: Vec::new(),
+            user_metadata: None,
             tracked: false,
             tracing: false,
             contexts: FxHashMap::default(),
@@ -165,9 +188,27 @@ impl DeviceState {
         &self.stats
     }
 
-    /// The statistics, to be reset.
-    pub fn stats_mut(&mut self) -> &mut DeviceStats {
-        &mut self.stats
+    /// The bytes reserved in each private pool.
+    pub fn pool_reserved(&self) -> impl Iterator<Item = (MempoolId, StatArray)> {
+        self.pool_reserved.iter().map(|(&id, &bytes)| (id, bytes))
+    }
+
+    /// Starts the accumulated statistics anew.
+    pub fn reset_accumulated_stats(&mut self) {
+        self.stats.reset_accumulated();
+        self.reset_pool_stats(StatArray::reset_accumulated);
+    }
+
+    /// Starts the peaks anew.
+    pub fn reset_peak_stats(&mut self) {
+        self.stats.reset_peak();
+        self.reset_pool_stats(StatArray::reset_peak);
+    }
+
+    fn reset_pool_stats(&mut self, reset: fn(&mut StatArray)) {
+        let Self { pool_reserved, pools, .. } = self;
+        pool_reserved.retain(|&id, _| pools.find(id).is_some());
+        pool_reserved.values_mut().for_each(reset);
     }
 
     /// Serves a request from the cache, if it can. First completes what frees wait for, if anything.
@@ -321,6 +362,51 @@ impl DeviceState {
             self.remember_allocation(block, context);
         }
         DevicePtr(address)
+    }
+
+    /// Hands out exactly the bytes at `address`, which must be free in a block of the pool and stream that serve the
+    /// request.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] where they are not; the driver's, while asking about events.
+    pub fn allocate_at(
+        &mut self,
+        address: u64,
+        bytes: u64,
+        stream: Stream,
+        context: Option<Context>,
+    ) -> Result<DevicePtr> {
+        if !self.waits.is_idle() && self.captures.is_empty() {
+            self.process_events()?;
+        }
+        let request = self.request(bytes, stream);
+        let fits = |block: &Block| {
+            address >= block.address
+                && (address - block.address).is_multiple_of(MIN_BLOCK)
+                && (address - block.address).checked_add(request.rounded).is_some_and(|end| end <= block.bytes)
+        };
+        let list = &mut self.pools[request.list];
+        list.requests += 1;
+        let found = list.free.iter(&self.blocks).find(|&id| fits(&self.blocks[id]));
+        let Some(block) = found else {
+            return Err(Error::InvalidArgument(format!(
+                "no {} bytes are free at {address:#x} for the pool and stream that asked: expected an address inside \
+                 memory that the allocator holds and nobody uses, a multiple of {MIN_BLOCK} bytes from its start",
+                request.rounded
+            )));
+        };
+        let before = address - self.blocks[block].address;
+        if before == 0 {
+            return Ok(self.hand_out_exactly(block, &request, context));
+        }
+        // The bytes in front are handed out and given back: blocks are only ever cut at their front.
+        let front = Request { bytes: before, rounded: before, ..request };
+        let front = self.hand_out_exactly(block, &front, context.clone());
+        let rest = self.blocks[self.find(front)?].next;
+        let ptr = self.hand_out_exactly(rest, &request, context.clone());
+        self.free(front, &mut context.clone());
+        self.settle();
+        Ok(ptr)
     }
 
     #[cold]
@@ -580,8 +666,8 @@ impl DeviceState {
     }
 
     /// Starts or stops the history.
-    pub fn set_history(&mut self, enabled: bool, capacity: usize, level: crate::history::RecordContext, clear: bool) {
-        self.history.configure(enabled, capacity, level, clear);
+    pub fn set_history(&mut self, recording: Recording) {
+        self.history.configure(recording);
         self.tracing = self.history.enabled() || self.tracked;
     }
 
@@ -609,6 +695,7 @@ impl DeviceState {
             time: 0,
             mempool: self.pools[list.pool].id,
             context: context.or_else(|| self.contexts.get(&id).cloned()),
+            labels: self.labels(),
         };
         self.trace(entry);
     }
@@ -625,14 +712,89 @@ impl DeviceState {
             time: 0,
             mempool: self.pools[list.pool].id,
             context: context.or_else(|| segment.context.clone()),
+            labels: self.labels(),
         };
         self.trace(entry);
     }
 
     fn trace_event(&mut self, action: Action, address: u64, bytes: u64, stream: Stream, context: Option<Context>) {
-        let entry =
-            TraceEntry { action, device: self.device, address, bytes, stream, time: 0, mempool: DEFAULT_POOL, context };
+        let entry = TraceEntry {
+            action,
+            device: self.device,
+            address,
+            bytes,
+            stream,
+            time: 0,
+            mempool: DEFAULT_POOL,
+            context,
+            labels: self.labels(),
+        };
         self.trace(entry);
+    }
+
+    fn labels(&self) -> Labels {
+        Labels { compile_context: self.compile_contexts.last().cloned(), user_metadata: self.user_metadata.clone() }
+    }
+
+    /// A compiled function begins; its name goes into the trace.
+    pub fn push_compile_context(&mut self, name: &str) {
+        self.compile_contexts.push(name.into());
+    }
+
+    /// The compiled function that began last has ended.
+    pub fn pop_compile_context(&mut self) {
+        self.compile_contexts.pop();
+    }
+
+    /// What the program wants every trace entry from now on to say; empty: nothing.
+    pub fn set_user_metadata(&mut self, metadata: &str) {
+        self.user_metadata = (!metadata.is_empty()).then(|| metadata.into());
+    }
+
+    /// What was set last.
+    pub fn user_metadata(&self) -> Option<Arc<str>> {
+        self.user_metadata.clone()
+    }
+
+    /// Notes something about a live allocation in the trace.
+    ///
+    /// # Errors
+    /// [`Error::InvalidPointer`].
+    pub fn annotate(&mut self, ptr: DevicePtr, metadata: &str) -> Result<()> {
+        let id = self.find(ptr)?;
+        let block = self.blocks[id];
+        let list = &self.pools[block.list];
+        let entry = TraceEntry {
+            action: Action::Annotate,
+            device: self.device,
+            address: block.address,
+            bytes: block.requested,
+            stream: list.stream,
+            time: 0,
+            mempool: self.pools[list.pool].id,
+            context: None,
+            labels: Labels { user_metadata: Some(metadata.into()), ..self.labels() },
+        };
+        self.trace(entry);
+        Ok(())
+    }
+
+    /// The stack that made the live allocation which this address lies in, where one was gathered.
+    pub fn context_of(&self, address: u64) -> Option<Context> {
+        let block = self.live.get(&address).copied().or_else(|| self.allocated_around(address))?;
+        self.contexts.get(&block).cloned()
+    }
+
+    /// The live allocation that this address lies inside of.
+    fn allocated_around(&self, address: u64) -> Option<BlockId> {
+        let inside = |start: u64, bytes: u64| (start..start + bytes).contains(&address);
+        let segment = self.segments.iter().position(|segment| {
+            segment.as_ref().is_some_and(|segment| inside(segment.base.0, segment.populated))
+        })?;
+        self.blocks_of(SegmentId(segment as u32)).into_iter().find(|&id| {
+            let block = &self.blocks[id];
+            block.state == BlockState::Allocated && inside(block.address, block.bytes)
+        })
     }
 
     /// Keeps an entry and tells the trackers.

@@ -32,6 +32,8 @@ pub struct OutOfMemory {
     pub capacity: u64,
     /// The limit that was met.
     pub limit: Limit,
+    /// It was refused before CUDA was asked, and `throw_on_cudamalloc_oom` wants observers to be told.
+    pub rejected: bool,
     /// The per-process limit in bytes, where one is set.
     pub allowed: Option<u64>,
     /// Host memory left, and the reserve kept from it.

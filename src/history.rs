@@ -46,6 +46,50 @@ pub enum Action {
     Snapshot,
     /// An allocation failed; the address is the device's free bytes.
     OutOfMemory,
+    /// The program annotated a live allocation; what it said is the entry's metadata.
+    Annotate,
+}
+
+impl Action {
+    /// Every one.
+    pub const ALL: [Self; 10] = [
+        Self::Alloc,
+        Self::FreeRequested,
+        Self::FreeCompleted,
+        Self::SegmentAlloc,
+        Self::SegmentFree,
+        Self::SegmentMap,
+        Self::SegmentUnmap,
+        Self::Snapshot,
+        Self::OutOfMemory,
+        Self::Annotate,
+    ];
+}
+
+/// A set of [`Action`]s.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Actions(u16);
+
+impl Actions {
+    /// With one more.
+    #[must_use]
+    pub fn with(self, action: Action) -> Self {
+        Self(self.0 | 1 << action as u16)
+    }
+
+    /// Whether it is among them.
+    pub fn contains(self, action: Action) -> bool {
+        self.0 & (1 << action as u16) != 0
+    }
+}
+
+/// What the program says of itself while it allocates; it goes into every trace entry.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Labels {
+    /// The compiled function that is running (`pushCompileContext`), where one is.
+    pub compile_context: Option<Arc<str>>,
+    /// What `torch.cuda.memory._set_memory_metadata` was given last; for [`Action::Annotate`] the annotation.
+    pub user_metadata: Option<Arc<str>>,
 }
 
 /// One entry of the memory history.
@@ -67,6 +111,23 @@ pub struct TraceEntry {
     pub mempool: MempoolId,
     /// The stack, where the level asks for it.
     pub context: Option<Context>,
+    /// What the program said of itself.
+    pub labels: Labels,
+}
+
+/// What [`History::configure`] is asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Recording {
+    /// Whether to record at all. Stopping forgets what was recorded, as `native` does.
+    pub enabled: bool,
+    /// How many entries to keep.
+    pub capacity: usize,
+    /// How much context to keep.
+    pub level: RecordContext,
+    /// Forget what was recorded before.
+    pub clear: bool,
+    /// What not to record.
+    pub skip: Actions,
 }
 
 /// A bounded trace: keeps the newest `capacity` entries.
@@ -74,15 +135,18 @@ pub struct TraceEntry {
 pub struct History {
     enabled: bool,
     level: RecordContext,
+    skip: Actions,
     capacity: usize,
     entries: VecDeque<TraceEntry>,
 }
 
 impl History {
-    /// Starts or stops recording. Stopping forgets what was recorded, as `native` does.
-    pub fn configure(&mut self, enabled: bool, capacity: usize, level: RecordContext, clear: bool) {
+    /// Starts or stops recording.
+    pub fn configure(&mut self, recording: Recording) {
+        let Recording { enabled, capacity, level, clear, skip } = recording;
         self.enabled = enabled;
         self.level = if enabled { level } else { RecordContext::Never };
+        self.skip = skip;
         self.capacity = capacity.max(1);
         if !enabled || clear {
             self.entries.clear();
@@ -104,7 +168,7 @@ impl History {
 
     /// Adds an entry, forgetting the oldest beyond the capacity.
     pub fn push(&mut self, entry: TraceEntry) {
-        if !self.enabled {
+        if !self.enabled || self.skip.contains(entry.action) {
             return;
         }
         if self.entries.len() == self.capacity {

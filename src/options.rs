@@ -6,6 +6,7 @@
 //! PyTorch's own keys are PyTorch's to check: here they are only stepped over.
 
 use crate::error::{Error, Result};
+use crate::segments::LARGE_STEP;
 use std::fmt;
 
 const MIB: u64 = 1 << 20;
@@ -26,6 +27,14 @@ pub enum AccessPattern {
 
 impl AccessPattern {
     const ALL: [Self; 4] = [Self::GpuFirst, Self::Balanced, Self::CpuFirst, Self::Device];
+
+    /// What may be asked for, in words.
+    pub const EXPECTED: &'static str = "gpu_first, balanced, cpu_first or device";
+
+    /// The pattern of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|pattern| pattern.name() == name)
+    }
 
     /// The name as the option's value.
     pub fn name(self) -> &'static str {
@@ -151,6 +160,20 @@ impl Options {
         items(&conf).filter_map(|item| item.strip_prefix("use_uvm:")).last().map(|value| value == "True")
     }
 
+    /// A settings string without our keys: what PyTorch's own parser may see.
+    pub fn without_ours(conf: &str) -> String {
+        let theirs = |item: &&str| {
+            let item = without_spaces(item);
+            !Self::owns(item.split_once(':').map_or(&*item, |(key, _)| key))
+        };
+        items(conf).filter(theirs).collect::<Vec<_>>().join(",")
+    }
+
+    /// Whether any key of a settings string is ours.
+    pub fn any_in(conf: &str) -> bool {
+        Self::without_ours(conf) != items(conf).collect::<Vec<_>>().join(",")
+    }
+
     /// Sets one option.
     ///
     /// # Errors
@@ -163,10 +186,8 @@ impl Options {
                     number(key, value, "a positive finite number", |ratio| ratio > 0.0 && ratio.is_finite())?;
             }
             "uvm_access_pattern" => {
-                self.access_pattern = *AccessPattern::ALL
-                    .iter()
-                    .find(|pattern| pattern.name() == value)
-                    .ok_or_else(|| refused(key, value, "gpu_first, balanced, cpu_first or device"))?;
+                self.access_pattern =
+                    AccessPattern::named(value).ok_or_else(|| refused(key, value, AccessPattern::EXPECTED))?;
             }
             "uvm_prefetch" => self.prefetch = boolean(key, value)?,
             "uvm_prefetch_threshold_mb" => {
@@ -232,8 +253,12 @@ pub struct NativeOptions {
     pub garbage_collection_threshold: f64,
     /// `roundup_power2_divisions` for sizes from 1 MiB (or less) to 32 GiB (or more), by powers of two. 0 and 1: off.
     pub roundup_power2_divisions: [u64; 16],
-    /// `expandable_segments`: accepted; managed segments grow with and without it.
+    /// `expandable_segments`: managed segments grow with and without it; with it, those of private pools do too.
     pub expandable_segments: bool,
+    /// `large_segment_size_mb` in bytes: how much the large pool takes at a time.
+    pub large_segment_size: u64,
+    /// `throw_on_cudamalloc_oom`: observers of allocations that are refused before CUDA is asked want to be told.
+    pub throw_on_oom: bool,
 }
 
 impl Default for NativeOptions {
@@ -244,6 +269,8 @@ impl Default for NativeOptions {
             garbage_collection_threshold: 0.0,
             roundup_power2_divisions: [0; 16],
             expandable_segments: false,
+            large_segment_size: LARGE_STEP,
+            throw_on_oom: false,
         }
     }
 }
@@ -419,6 +446,21 @@ mod tests {
     }
 
     #[test]
+    fn pytorch_sees_only_its_own_keys() {
+        for (conf, theirs) in [
+            ("use_uvm:True,max_split_size_mb:64,uvm_prefetch:False", "max_split_size_mb:64"),
+            ("use_uvm : True , expandable_segments:True", " expandable_segments:True"),
+            ("roundup_power2_divisions:[256:1,512:2,>:4],use_uvm:True", "roundup_power2_divisions:[256:1,512:2,>:4]"),
+            ("u se_uvm:True", ""),
+            ("use_uvm2:True", "use_uvm2:True"),
+            ("use_uvm,uvm_nonsense,", ""),
+            ("", ""),
+        ] {
+            assert_eq!(Options::without_ours(conf), theirs, "{conf}");
+        }
+    }
+
+    #[test]
     fn wanted_never_fails() {
         assert_eq!(Options::wanted("uvm_nonsense:1, use_uvm : True"), Some(true));
         assert_eq!(Options::wanted("use_uvm:True,use_uvm:maybe"), Some(false));
@@ -457,6 +499,9 @@ mod tests {
         fn no_string_panics(conf: String) {
             let _ = Options::parse(&conf);
             let _ = Options::wanted(&conf);
+            let theirs = Options::without_ours(&conf);
+            prop_assert_eq!(&Options::without_ours(&theirs), &theirs);
+            prop_assert!(Options::parse(&theirs).is_ok(), "{} of {}", theirs, conf);
         }
 
         #[test]

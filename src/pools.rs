@@ -2,6 +2,7 @@
 
 use crate::blocks::{FreeList, ListId};
 use crate::driver::Stream;
+use crate::options::AccessPattern;
 use crate::segments::{CustomAllocator, SMALL_LIMIT};
 use rustc_hash::FxHashMap;
 
@@ -33,6 +34,8 @@ pub struct Pool {
     pub segments: u32,
     /// The allocator that the program gave it for its segments.
     pub custom: Option<CustomAllocator>,
+    /// Where its segments are placed, if not where the options say.
+    pub placement: Option<AccessPattern>,
     /// Other pools may take its free blocks before they run out of memory.
     pub use_on_oom: bool,
     no_split: bool,
@@ -115,6 +118,7 @@ impl Pools {
             use_count: 1,
             segments: 0,
             custom,
+            placement: None,
             use_on_oom: false,
             no_split: false,
             lists: FxHashMap::default(),

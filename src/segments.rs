@@ -19,8 +19,8 @@ const MIB: u64 = 1 << 20;
 pub const SMALL_LIMIT: u64 = MIB;
 /// Small pools are populated in this step (`kSmallBuffer`); also the granule of all population and of GPU pages.
 pub const SMALL_STEP: u64 = 2 * MIB;
-/// Large pools are populated at least this much at a time, for requests under [`LARGE_REQUEST`] (`kLargeBuffer`).
-/// Steps of 2 MiB run at a third of the speed.
+/// Large pools are populated at least this much at a time, for requests under [`LARGE_REQUEST`], where PyTorch's
+/// `large_segment_size_mb` does not say otherwise. Steps of 2 MiB run at a third of the speed.
 pub const LARGE_STEP: u64 = 20 * MIB;
 /// Requests from here on are populated as they are, rounded to 2 MiB (`kMinLargeAlloc`).
 pub const LARGE_REQUEST: u64 = 10 * MIB;
@@ -124,11 +124,11 @@ fn round_to_division(bytes: u64, divisions: u64) -> u64 {
 }
 
 /// How many bytes to populate for a request of `bytes` (rounded) that lacks `missing` of them.
-pub fn population_step(bytes: u64, missing: u64) -> u64 {
+pub fn population_step(bytes: u64, missing: u64, native: &NativeOptions) -> u64 {
     if bytes <= SMALL_LIMIT {
         SMALL_STEP
     } else if bytes < LARGE_REQUEST {
-        round_up(missing, LARGE_STEP)
+        round_up(round_up(missing, native.large_segment_size.max(SMALL_STEP)), SMALL_STEP)
     } else {
         round_up(missing, SMALL_STEP)
     }
@@ -161,10 +161,15 @@ mod tests {
 
     #[test]
     fn population_follows_natives_segment_sizes() {
-        assert_eq!(population_step(512, 512), 2 * MIB);
-        assert_eq!(population_step(MIB + 512, MIB + 512), 20 * MIB);
-        assert_eq!(population_step(10 * MIB + 512, 10 * MIB + 512), 12 * MIB);
-        assert_eq!(population_step(64 * MIB, 2 * MIB - 512), 2 * MIB);
+        let native = NativeOptions::default();
+        let step = |bytes, missing| population_step(bytes, missing, &native);
+        assert_eq!(step(512, 512), 2 * MIB);
+        assert_eq!(step(MIB + 512, MIB + 512), 20 * MIB);
+        assert_eq!(step(10 * MIB + 512, 10 * MIB + 512), 12 * MIB);
+        assert_eq!(step(64 * MIB, 2 * MIB - 512), 2 * MIB);
+        let large = NativeOptions { large_segment_size: 33 * MIB, ..native };
+        assert_eq!(population_step(2 * MIB, 2 * MIB, &large), 34 * MIB);
+        assert_eq!(population_step(512, 512, &large), 2 * MIB);
     }
 
     proptest! {
@@ -173,7 +178,7 @@ mod tests {
             let native = NativeOptions { roundup_power2_divisions: [1 << log2; 16], ..NativeOptions::default() };
             let rounded = round_size(bytes, &native);
             prop_assert!(rounded >= bytes && rounded.is_multiple_of(MIN_BLOCK));
-            prop_assert!(range_bytes(rounded) >= population_step(rounded, rounded));
+            prop_assert!(range_bytes(rounded) >= population_step(rounded, rounded, &native));
         }
     }
 }

@@ -71,6 +71,16 @@ impl StatArray {
         if small { &mut self.small_pool } else { &mut self.large_pool }
     }
 
+    /// Starts what went in and out anew.
+    pub fn reset_accumulated(&mut self) {
+        self.each(Stat::reset_accumulated);
+    }
+
+    /// Starts the peaks anew.
+    pub fn reset_peak(&mut self) {
+        self.each(Stat::reset_peak);
+    }
+
     fn each(&mut self, f: impl Fn(&mut Stat)) {
         f(&mut self.aggregate);
         f(&mut self.small_pool);
@@ -113,6 +123,8 @@ pub struct DeviceStats {
     pub num_device_alloc: i64,
     /// How often memory was given back to CUDA.
     pub num_device_free: i64,
+    /// Allocations that failed at a limit before CUDA was asked, where `throw_on_cudamalloc_oom` wants them counted.
+    pub num_oom_rejections: i64,
 }
 
 impl DeviceStats {

@@ -2,8 +2,17 @@
 
 #include <torch_uvm/allocator.h>
 #include <torch_uvm/failure.h>
+#include <torch_uvm/settings.h>
 
 #include <c10/cuda/RustUvm.h>
+
+namespace torch_uvm {
+
+void parse_environment() {
+  parse_native_settings();
+}
+
+} // namespace torch_uvm
 
 namespace c10::cuda::CUDACachingAllocator::RustUvm {
 
@@ -20,7 +29,7 @@ bool active() {
 } // namespace
 
 CUDAAllocator* chosen() {
-  return torch_uvm::bridge::wanted_by_environment() ? &torch_uvm::UvmAllocator::instance() : nullptr;
+  return torch_uvm::bridge::environment().wanted ? &torch_uvm::UvmAllocator::instance() : nullptr;
 }
 
 void checkSettings(const char* settings) {

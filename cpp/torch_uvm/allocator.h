@@ -1,6 +1,7 @@
 // The allocator as PyTorch sees it: c10's CUDAAllocator, backed by the Rust allocator. No policy and no bookkeeping.
 #pragma once
 
+#include <torch_uvm/custom_allocators.h>
 #include <torch_uvm/history.h>
 #include <torch_uvm/ipc.h>
 #include <torch_uvm/torch_version.h>
@@ -66,19 +67,31 @@ class UvmAllocator final : public AllocatorInterface {
 
  protected:
   void empty_cache(MempoolId pool) override;
-  c10cca::SnapshotInfo snapshot_of(MempoolId pool) override;
+  c10cca::SnapshotInfo snapshot_of(MempoolId pool, bool with_traces) override;
   void record_history(const HistoryRequest& request) override;
-  void ensure_pool(c10::DeviceIndex device, MempoolId pool, c10cca::CUDAAllocator* custom) override;
+  void ensure_pool(c10::DeviceIndex device, MempoolId pool, CustomAllocator custom) override;
   void begin_allocate_to_pool(
       c10::DeviceIndex device,
       MempoolId pool,
       std::function<bool(cudaStream_t)> filter,
-      c10cca::CUDAAllocator* custom) override;
+      CustomAllocator custom) override;
+  void set_use_on_oom(c10::DeviceIndex device, MempoolId pool, bool on) override;
+  void set_no_split(c10::DeviceIndex device, MempoolId pool) override;
+  void push_compile_context(const std::string& name) override;
+  void pop_compile_context() override;
+  void set_user_metadata(const std::string& metadata) override;
+  std::string user_metadata() override;
+  void annotate(const void* ptr, const std::string& metadata) override;
+  std::shared_ptr<c10::GatheredContext> context_of(const void* ptr) override;
+  std::pair<size_t, size_t> memory_info(c10::DeviceIndex device) override;
+  void attach_oom_rejection_observer(RejectionObserver observer) override;
+  c10::DataPtr allocate_at(size_t bytes, void* address) override;
 
  private:
   UvmAllocator() = default;
 
   void* malloc(c10::DeviceIndex device, size_t bytes, cudaStream_t stream);
+  void tell(void* ptr);
   bool free(void* ptr); // false: throw_failure() says why
   static void deleter(void* ptr);
 

@@ -17,6 +17,7 @@ struct GatheredContext;
 namespace torch_uvm::bridge {
 
 struct TraceEntry; // defined by the generated bridge header
+struct PoolId;
 
 // The stack that PyTorch gathered for an allocation. The allocator keeps it and gives it back.
 struct StackContext {
@@ -38,6 +39,7 @@ bool run_free_memory_callbacks() noexcept;
 std::int64_t approximate_time() noexcept;
 std::uint64_t custom_alloc(std::uint64_t allocator, std::uint64_t bytes) noexcept;
 bool custom_free(std::uint64_t allocator, std::uint64_t ptr) noexcept;
+void pool_forgotten(std::int32_t device, PoolId pool) noexcept;
 void trace(const TraceEntry& entry) noexcept;
 
 } // namespace torch_uvm::bridge

@@ -20,6 +20,9 @@ c10cca::TraceEntry translate(const bridge::TraceEntry& entry);
 // What the allocator knows, as PyTorch's snapshot. Times are still approximate.
 c10cca::SnapshotInfo translate(const bridge::Snapshot& snapshot);
 
+// The action that snapshots call so; throws for a name that is none.
+bridge::Action action_named(const std::string& name);
+
 // Gathers stacks at the level asked for.
 class StackRecorder {
  public:
@@ -46,13 +49,13 @@ class Annotations {
  public:
   void configure(const HistoryRequest& request);
   void add(const std::vector<std::pair<std::string, std::string>>& metadata);
-  std::vector<c10cca::AnnotationEntry> all() const;
+  std::vector<c10cda::AnnotationEntry> all() const;
 
  private:
   mutable std::mutex mutex_;
   std::atomic<bool> enabled_{false};
   size_t max_entries_ = 1;
-  std::deque<c10cca::AnnotationEntry> entries_;
+  std::deque<c10cda::AnnotationEntry> entries_;
 };
 
 } // namespace torch_uvm

@@ -3,6 +3,7 @@
 
 #include <torch_uvm/torch_version.h>
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -34,5 +35,7 @@ class Observers {
 // Never destroyed: observers may hold Python objects, which are gone before the process's exit handlers run.
 Observers<c10cca::OutOfMemoryObserver>& out_of_memory_observers();
 Observers<c10cca::AllocatorTraceTracker>& trace_trackers();
+// Device, requested, allocated and total bytes.
+Observers<std::function<void(int64_t, size_t, size_t, size_t)>>& rejection_observers();
 
 } // namespace torch_uvm

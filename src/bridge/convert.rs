@@ -2,9 +2,11 @@
 
 use super::ffi;
 use crate::allocator;
+use crate::budget::MemoryInfo;
 use crate::error::{Error, Result};
 use crate::history::{self, Context};
 use crate::options::NativeOptions;
+use crate::pools::MempoolId;
 use crate::stats;
 use cxx::SharedPtr;
 use std::sync::Arc;
@@ -22,7 +24,7 @@ pub(super) fn context(context: SharedPtr<ffi::StackContext>) -> Option<Context> 
     (!context.is_null()).then(|| Context(Arc::new(StackContext(context))))
 }
 
-fn stack(context: Option<&Context>) -> SharedPtr<ffi::StackContext> {
+pub(super) fn stack(context: Option<&Context>) -> SharedPtr<ffi::StackContext> {
     context
         .and_then(|context| context.0.downcast_ref::<StackContext>())
         .map_or_else(SharedPtr::null, |inside| inside.0.clone())
@@ -35,6 +37,8 @@ pub(super) fn native_options(native: &ffi::NativeSettings) -> NativeOptions {
         garbage_collection_threshold: native.garbage_collection_threshold,
         roundup_power2_divisions: native.roundup_power2_divisions,
         expandable_segments: native.expandable_segments,
+        large_segment_size: native.large_segment_size,
+        throw_on_oom: native.throw_on_oom,
     }
 }
 
@@ -61,7 +65,10 @@ fn stat_array(from: &stats::StatArray) -> ffi::StatArray {
     }
 }
 
-pub(super) fn device_stats(from: &stats::DeviceStats) -> ffi::DeviceStats {
+pub(super) fn device_stats(
+    from: &stats::DeviceStats,
+    pools: &[(MempoolId, stats::StatArray)],
+) -> ffi::DeviceStats {
     ffi::DeviceStats {
         allocation: stat_array(&from.allocation),
         segment: stat_array(&from.segment),
@@ -79,7 +86,51 @@ pub(super) fn device_stats(from: &stats::DeviceStats) -> ffi::DeviceStats {
         num_sync_all_streams: from.num_sync_all_streams,
         num_device_alloc: from.num_device_alloc,
         num_device_free: from.num_device_free,
+        num_oom_rejections: from.num_oom_rejections,
+        pool_reserved_bytes: pools
+            .iter()
+            .map(|(id, bytes)| ffi::PoolReserved { pool: pool_id(*id), bytes: stat_array(bytes) })
+            .collect(),
     }
+}
+
+pub(super) fn pool_id(id: MempoolId) -> ffi::PoolId {
+    ffi::PoolId { first: id.0, second: id.1 }
+}
+
+pub(super) fn memory_info(from: &MemoryInfo) -> ffi::MemoryInfo {
+    ffi::MemoryInfo {
+        capacity: from.capacity,
+        free: from.free,
+        populated_device: from.populated.device,
+        populated_host: from.populated.host,
+        populated_unplaced: from.populated.unplaced,
+        allocated: from.allocated,
+        reserved: from.reserved,
+        device_limit: from.device_limit,
+        device_total: from.device.total,
+        device_free: from.device.free,
+        host_total: from.host.total,
+        host_available: from.host.available,
+        host_reserve: from.host_reserve,
+    }
+}
+
+pub(super) fn recording(from: &ffi::Recording) -> Result<history::Recording> {
+    let skip = from.skip.iter().try_fold(history::Actions::default(), |skip, action| {
+        history::Action::ALL
+            .into_iter()
+            .find(|&ours| self::action(ours) == *action)
+            .map(|ours| skip.with(ours))
+            .ok_or_else(|| Error::InvalidArgument(format!("skip_actions: {} is not an action", action.repr)))
+    })?;
+    Ok(history::Recording {
+        enabled: from.enabled,
+        capacity: from.capacity,
+        level: record_context(from.level)?,
+        clear: from.clear,
+        skip,
+    })
 }
 
 pub(super) fn snapshot(from: allocator::Snapshot) -> ffi::Snapshot {
@@ -104,7 +155,7 @@ fn segment(from: &allocator::SegmentInfo) -> ffi::SegmentInfo {
         stream: from.stream.0,
         is_large: from.is_large,
         is_expandable: from.is_expandable,
-        pool: ffi::PoolId { first: from.mempool.0, second: from.mempool.1 },
+        pool: pool_id(from.mempool),
         context: stack(from.context.as_ref()),
         blocks: from.blocks.iter().map(block).collect(),
     }
@@ -120,25 +171,36 @@ fn block(from: &allocator::BlockInfo) -> ffi::BlockInfo {
     }
 }
 
+fn owned(text: Option<&str>) -> String {
+    text.unwrap_or_default().to_owned()
+}
+
+fn action(action: history::Action) -> ffi::Action {
+    match action {
+        history::Action::Alloc => ffi::Action::Alloc,
+        history::Action::FreeRequested => ffi::Action::FreeRequested,
+        history::Action::FreeCompleted => ffi::Action::FreeCompleted,
+        history::Action::SegmentAlloc => ffi::Action::SegmentAlloc,
+        history::Action::SegmentFree => ffi::Action::SegmentFree,
+        history::Action::SegmentMap => ffi::Action::SegmentMap,
+        history::Action::SegmentUnmap => ffi::Action::SegmentUnmap,
+        history::Action::Snapshot => ffi::Action::Snapshot,
+        history::Action::OutOfMemory => ffi::Action::OutOfMemory,
+        history::Action::Annotate => ffi::Action::Annotate,
+    }
+}
+
 pub(super) fn trace_entry(from: &history::TraceEntry) -> ffi::TraceEntry {
     ffi::TraceEntry {
-        action: match from.action {
-            history::Action::Alloc => ffi::Action::Alloc,
-            history::Action::FreeRequested => ffi::Action::FreeRequested,
-            history::Action::FreeCompleted => ffi::Action::FreeCompleted,
-            history::Action::SegmentAlloc => ffi::Action::SegmentAlloc,
-            history::Action::SegmentFree => ffi::Action::SegmentFree,
-            history::Action::SegmentMap => ffi::Action::SegmentMap,
-            history::Action::SegmentUnmap => ffi::Action::SegmentUnmap,
-            history::Action::Snapshot => ffi::Action::Snapshot,
-            history::Action::OutOfMemory => ffi::Action::OutOfMemory,
-        },
+        action: action(from.action),
         device: from.device,
         address: from.address,
         bytes: from.bytes,
         stream: from.stream.0,
         time: from.time,
-        pool: ffi::PoolId { first: from.mempool.0, second: from.mempool.1 },
+        pool: pool_id(from.mempool),
         context: stack(from.context.as_ref()),
+        compile_context: owned(from.labels.compile_context.as_deref()),
+        user_metadata: owned(from.labels.user_metadata.as_deref()),
     }
 }

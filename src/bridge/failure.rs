@@ -57,6 +57,7 @@ fn failure(error: &Error) -> ffi::Failure {
         reserved: 0,
         total: 0,
         free: 0,
+        rejected: false,
     };
     if let Error::OutOfMemory(figures) = error {
         failure.device = figures.device;
@@ -65,6 +66,7 @@ fn failure(error: &Error) -> ffi::Failure {
         failure.reserved = figures.reserved;
         failure.total = figures.allowed.unwrap_or(figures.device_total);
         failure.free = figures.device_free;
+        failure.rejected = figures.rejected;
     }
     failure
 }

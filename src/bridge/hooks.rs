@@ -2,8 +2,9 @@
 
 use super::{convert, ffi};
 use crate::allocator::{CustomAllocator, Hooks};
-use crate::driver::{DevicePtr, Stream};
+use crate::driver::{DeviceIndex, DevicePtr, Stream};
 use crate::history::TraceEntry;
+use crate::pools::MempoolId;
 use cxx::UniquePtr;
 
 /// PyTorch, through C++ functions that never throw.
@@ -25,6 +26,10 @@ impl Hooks for PyTorch {
 
     fn custom_free(&self, allocator: CustomAllocator, ptr: DevicePtr) -> bool {
         ffi::custom_free(allocator.0, ptr.0)
+    }
+
+    fn pool_forgotten(&self, device: DeviceIndex, id: MempoolId) {
+        ffi::pool_forgotten(device, convert::pool_id(id));
     }
 
     fn trace(&self, entry: &TraceEntry) {

@@ -43,11 +43,33 @@ fn apply_variable(options: &Options, variable: &str) -> Result<Options> {
     Ok(parsed.options)
 }
 
-/// Whether the environment chooses this allocator. Called while libraries load: whatever is wrong with the settings is
-/// told when they are parsed.
-pub(super) fn wanted_by_environment() -> bool {
-    let wanted = |variable| Options::wanted(&std::env::var_os(variable)?.to_string_lossy());
-    guarded(|| Ok(VARIABLES.into_iter().filter_map(wanted).last().unwrap_or(false))).unwrap_or(false)
+/// What the environment asks for. Called while libraries load: whatever is wrong with the settings is told when they are
+/// parsed.
+pub(super) fn environment() -> ffi::Environment {
+    let read = || {
+        let values: Vec<_> = VARIABLES.into_iter().filter_map(std::env::var_os).collect();
+        let values: Vec<_> = values.iter().map(|value| value.to_string_lossy()).collect();
+        Ok(ffi::Environment {
+            has_ours: values.iter().any(|conf| Options::any_in(conf)),
+            wanted: values.iter().filter_map(|conf| Options::wanted(conf)).last().unwrap_or(false),
+            valid: from_environment().is_ok(),
+        })
+    };
+    guarded(read).unwrap_or(ffi::Environment { has_ours: false, wanted: false, valid: false })
+}
+
+/// A settings string less our part.
+pub(super) fn without_ours(conf: &[u8]) -> String {
+    guarded(|| Ok(Options::without_ours(&String::from_utf8_lossy(conf)))).unwrap_or_default()
+}
+
+/// The options in force, as a settings string.
+pub(super) fn options(out: &mut String) -> bool {
+    let read = || match ALLOCATOR.get() {
+        Some(allocator) => Ok(allocator.options().to_string()),
+        None => Ok(SETTINGS.lock().options()?.to_string()),
+    };
+    guarded(read).map(|text| *out = text).is_some()
 }
 
 /// Checks our part of a whole settings string, and of the variable that PyTorch itself may not read. `active`: this

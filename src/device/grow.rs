@@ -5,13 +5,14 @@
 
 use super::{DeviceState, Request};
 use crate::blocks::{BlockId, BlockState, ListId};
-use crate::budget::Exceeded;
+use crate::budget::{Exceeded, MemoryInfo};
 use crate::driver::{CaptureMode, DevicePtr, Driver, DriverError, ErrorKind, Range, Stream};
 use crate::error::{Error, Limit, OutOfMemory, Result};
 use crate::history::{Action, Context};
 use crate::options::AccessPattern;
 use crate::placement;
 use crate::pools::{DEFAULT_POOL, MempoolId, PoolId};
+use crate::stats::StatArray;
 use crate::segments::{Memory, Place, SMALL_STEP, Segment, SegmentId, population_step, range_bytes};
 use std::sync::Arc;
 
@@ -129,9 +130,9 @@ impl DeviceState {
             return Ok(Err(self.budget.capacity(&self.populated, None)));
         }
         let custom = self.pools[self.pools[request.list].pool].custom;
-        let step = population_step(request.rounded, request.rounded);
-        let plan =
-            placement::plan(self.options.access_pattern, self.populated.device, step, self.budget.device_limit());
+        let step = population_step(request.rounded, request.rounded, &self.native);
+        let pattern = self.pools[self.pools[request.list].pool].placement.unwrap_or(self.options.access_pattern);
+        let plan = placement::plan(pattern, self.populated.device, step, self.budget.device_limit());
         if let Some(custom) = custom {
             return self.fixed_segment(request, Memory::Custom(custom), Place::Unplaced, step, context);
         }
@@ -147,7 +148,7 @@ impl DeviceState {
         let grows = self.segment_with_room(request, plan.place);
         let (step, missing) = match grows {
             Some((segment, missing)) => {
-                (population_step(request.rounded, missing).min(self.segment(segment).room()), missing)
+                (population_step(request.rounded, missing, &self.native).min(self.segment(segment).room()), missing)
             }
             None => (step, request.rounded),
         };
@@ -372,8 +373,27 @@ impl DeviceState {
     }
 
     fn count_reserved(&mut self, list: ListId, bytes: u64) {
-        self.stats.reserved_bytes.increase(self.pools[list].small, bytes);
+        let small = self.pools[list].small;
+        self.stats.reserved_bytes.increase(small, bytes);
+        if let Some(of_pool) = self.reserved_by_pool(list) {
+            of_pool.increase(small, bytes);
+        }
         self.stats.num_device_alloc += 1;
+    }
+
+    fn count_unreserved(&mut self, list: ListId, bytes: u64) {
+        let small = self.pools[list].small;
+        self.stats.reserved_bytes.decrease(small, bytes);
+        if let Some(of_pool) = self.reserved_by_pool(list) {
+            of_pool.decrease(small, bytes);
+        }
+        self.stats.num_device_free += 1;
+    }
+
+    /// The statistic of the private pool that a list belongs to; the default pool has none of its own.
+    fn reserved_by_pool(&mut self, list: ListId) -> Option<&mut StatArray> {
+        let pool = self.pools[list].pool;
+        (pool != PoolId::DEFAULT).then(|| self.pool_reserved.entry(self.pools[pool].id).or_default())
     }
 
     /// Gives one wholly free segment back to CUDA.
@@ -398,8 +418,7 @@ impl DeviceState {
         self.populated.sub(place, populated);
         let (small, pool) = (self.pools[list].small, self.pools[list].pool);
         self.pools[pool].segments -= 1;
-        self.stats.num_device_free += 1;
-        self.stats.reserved_bytes.decrease(small, populated);
+        self.count_unreserved(list, populated);
         if growing {
             if let Some(ids) = self.growing.get_mut(&list) {
                 ids.retain(|&other| other != id);
@@ -478,6 +497,7 @@ impl DeviceState {
             let releasable = self.releasable(pool);
             first = first.and(self.release_all(releasable, context));
             if self.pools[pool].segments == 0 {
+                self.hooks.pool_forgotten(self.device, self.pools[pool].id);
                 self.pools.forget(pool);
             }
         }
@@ -582,12 +602,15 @@ impl DeviceState {
 
     /// Describes a request that could not be served, and counts it.
     fn out_of_memory(&mut self, request: &Request, exceeded: Exceeded, context: Option<Context>) -> Error {
-        let requested = population_step(request.rounded, request.rounded);
+        let requested = population_step(request.rounded, request.rounded, &self.native);
         let memory = self.driver.device_memory(self.device);
         let host = self.driver.host_memory();
         let (device_free, device_total) =
             memory.map_or((0, self.info.total_memory), |memory| (memory.free, memory.total));
         self.stats.num_ooms += 1;
+        // Every limit but CUDA's own is met before CUDA is asked.
+        let rejected = self.native.throw_on_oom && exceeded.limit != Limit::Device;
+        self.stats.num_oom_rejections += i64::from(rejected);
         self.trace_event(Action::OutOfMemory, device_free, request.rounded, request.stream, context);
         let private_pools = self
             .pools
@@ -603,6 +626,7 @@ impl DeviceState {
             device_free,
             capacity: exceeded.capacity,
             limit: exceeded.limit,
+            rejected,
             allowed: self.budget.allowed(),
             host_available: host.as_ref().map_or(0, |host| host.available),
             host_reserve: host.as_ref().map_or(0, |host| self.budget.host_reserve(host)),
@@ -614,17 +638,27 @@ impl DeviceState {
         }))
     }
 
-    /// What programs are told of memory: free and total bytes, where the total is the capacity.
+    /// Where this process's memory stands, and how much more it may have.
     ///
     /// # Errors
     /// The driver's.
-    pub fn memory_info(&self) -> Result<(u64, u64)> {
+    pub fn memory_info(&self) -> Result<MemoryInfo> {
         let device = self.driver.device_memory(self.device)?;
         let host = self.driver.host_memory()?;
         let capacity = self.budget.capacity(&self.populated, Some(&host)).capacity;
         // Other processes, CUDA's context, the program's own cudaMalloc.
         let others = (device.total - device.free.min(device.total)).saturating_sub(self.populated.device);
-        Ok((capacity.saturating_sub(self.populated.total()).saturating_sub(others), capacity))
+        Ok(MemoryInfo {
+            capacity,
+            free: capacity.saturating_sub(self.populated.total()).saturating_sub(others),
+            populated: self.populated,
+            allocated: self.stats.allocated_bytes.aggregate.current.unsigned_abs(),
+            reserved: self.stats.reserved_bytes.aggregate.current.unsigned_abs(),
+            device_limit: self.budget.device_limit(),
+            host_reserve: self.budget.host_reserve(&host),
+            device,
+            host,
+        })
     }
 
     /// The largest block that could be had without giving anything back, in bytes.
@@ -632,7 +666,7 @@ impl DeviceState {
     /// # Errors
     /// The driver's.
     pub fn largest_available(&self) -> Result<u64> {
-        let (free, _) = self.memory_info()?;
+        let free = self.memory_info()?.free;
         let cached = self
             .pools
             .ids()

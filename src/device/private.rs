@@ -6,6 +6,7 @@ use crate::blocks::{BlockId, BlockState};
 use crate::driver::{DeviceIndex, DevicePtr, Stream};
 use crate::error::{Error, Result};
 use crate::history::Context;
+use crate::options::AccessPattern;
 use crate::pools::{MempoolId, PoolId};
 use crate::segments::{CustomAllocator, SegmentId};
 use crate::streams::StreamOn;
@@ -156,6 +157,18 @@ impl DeviceState {
     pub fn set_no_split(&mut self, id: MempoolId, on: bool) -> Result<()> {
         let pool = self.pool(id)?;
         self.pools.set_no_split(pool, on);
+        Ok(())
+    }
+
+    /// Where what the pool takes from CUDA from now on is placed.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an unknown pool; [`Error::NotSupported`] for managed memory on a device that has
+    /// none worth the name.
+    pub fn set_placement(&mut self, id: MempoolId, pattern: AccessPattern) -> Result<()> {
+        let pool = self.pool(id)?;
+        super::check_supported(&self.info, self.device, pattern)?;
+        self.pools[pool].placement = Some(pattern);
         Ok(())
     }
 

@@ -20,6 +20,8 @@ pub struct TestHooks {
     /// Segments that the MemPools' own allocators gave.
     pub custom: Mutex<BTreeMap<u64, u64>>,
     pub trace: Mutex<Vec<TraceEntry>>,
+    /// Private pools that are gone.
+    pub forgotten: Mutex<Vec<MempoolId>>,
     /// Run by `free_memory_callbacks`.
     pub callback: Mutex<Option<Box<dyn FnMut() -> bool + Send>>>,
 }
@@ -45,6 +47,10 @@ impl Hooks for TestHooks {
         }
         self.custom.lock().remove(&ptr.0);
         true
+    }
+
+    fn pool_forgotten(&self, _device: DeviceIndex, id: MempoolId) {
+        self.forgotten.lock().push(id);
     }
 
     fn trace(&self, entry: &TraceEntry) {

@@ -30,6 +30,7 @@ impl Hooks for NoHooks {
     fn custom_free(&self, _: CustomAllocator, _: DevicePtr) -> bool {
         false
     }
+    fn pool_forgotten(&self, _: DeviceIndex, _: MempoolId) {}
     fn trace(&self, _: &TraceEntry) {}
 }
 
