@@ -5,19 +5,23 @@ use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use object::elf::{DT_RPATH, DT_RUNPATH, FileHeader64};
-use object::read::elf::{Dyn, ElfFile};
+use object::elf::{DT_NEEDED, DT_RPATH, DT_RUNPATH, DT_SONAME, FileHeader64, STT_OBJECT, STT_TLS};
+use object::read::elf::{Dyn, ElfFile, Sym as _};
 use object::{Endianness, Object, ObjectSymbol, ReadCache};
 
-/// A shared library's dynamic symbols, the symbol versions it needs, and its run path.
+/// A shared library's dynamic symbols, the libraries and symbol versions it needs, and its run path.
 #[derive(Debug, Default)]
 pub struct Library {
     /// Symbols it defines for others; the value says whether it is weak.
     pub exports: BTreeMap<String, bool>,
     /// Symbols that some other library has to define.
     pub imports: BTreeSet<String>,
+    /// The libraries that are loaded with it, by the names it knows them by (`libc.so.6`).
+    pub needed: BTreeSet<String>,
     /// Versions it needs of its libraries, such as `GLIBC_2.34`.
     pub needed_versions: BTreeSet<String>,
+    /// The name that others need it by; empty if it has none.
+    pub soname: String,
     /// The folders in which it looks for its libraries, joined by colons.
     pub run_path: String,
 }
@@ -62,11 +66,19 @@ impl Library {
             let strings = sections.strings(endian, elf.data(), link)?;
             for entry in entries {
                 let tag = entry.tag(endian);
-                if tag == DT_RPATH || tag == DT_RUNPATH {
-                    let path = strings
-                        .get(u32::try_from(entry.val(endian))?)
-                        .map_err(|()| anyhow::anyhow!("the run path has no text"))?;
-                    library.run_path = String::from_utf8_lossy(path).into_owned();
+                if ![DT_NEEDED, DT_RPATH, DT_RUNPATH, DT_SONAME].contains(&tag) {
+                    continue;
+                }
+                let text = strings
+                    .get(u32::try_from(entry.val(endian))?)
+                    .map_err(|()| anyhow::anyhow!("an entry of its dynamic section has no text"))?;
+                let text = String::from_utf8_lossy(text).into_owned();
+                if tag == DT_NEEDED {
+                    library.needed.insert(text);
+                } else if tag == DT_SONAME {
+                    library.soname = text;
+                } else {
+                    library.run_path = text;
                 }
             }
         }
@@ -96,6 +108,68 @@ impl Library {
             (false, false) => bail!("none of its functions takes a std::string, so its libstdc++ ABI cannot be told"),
         }
     }
+}
+
+/// What kind of thing a symbol names.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    Function,
+    Object,
+    ThreadLocal,
+}
+
+/// A symbol that a shared library defines, at one of its versions.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Definition {
+    pub name: String,
+    /// Such as `GLIBC_2.14`; none in a library without versions.
+    pub version: Option<String>,
+    /// Whether this is the version that a program linked today is given.
+    pub default: bool,
+    pub kind: Kind,
+    /// In bytes.
+    pub size: u64,
+}
+
+/// Every symbol that the library `path` defines for others, at every version.
+pub fn definitions(path: &Path) -> Result<Vec<Definition>> {
+    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let cache = ReadCache::new(file);
+    read_definitions(&cache).with_context(|| format!("{} is not a shared library that can be read", path.display()))
+}
+
+fn read_definitions(data: &ReadCache<File>) -> Result<Vec<Definition>> {
+    let elf = ElfFile::<FileHeader64<Endianness>, _>::parse(data)?;
+    let endian = elf.endian();
+    let versions = elf.elf_section_table().versions(endian, elf.data())?;
+    let mut all = Vec::new();
+    for symbol in elf.dynamic_symbols() {
+        if symbol.is_undefined() || !symbol.is_global() {
+            continue;
+        }
+        let mut definition = Definition {
+            name: symbol.name()?.to_owned(),
+            version: None,
+            default: true,
+            kind: match symbol.elf_symbol().st_type() {
+                STT_TLS => Kind::ThreadLocal,
+                STT_OBJECT => Kind::Object,
+                _ => Kind::Function,
+            },
+            size: symbol.size(),
+        };
+        if let Some(versions) = &versions {
+            let index = versions.version_index(endian, symbol.index());
+            definition.default = !index.is_hidden();
+            let version = versions.version(index.index())?;
+            definition.version = version.map(|version| String::from_utf8_lossy(version.name()).into_owned());
+        }
+        // The versions themselves are symbols too.
+        if definition.version.as_ref() != Some(&definition.name) {
+            all.push(definition);
+        }
+    }
+    Ok(all)
 }
 
 fn newest<'a>(versions: impl Iterator<Item = &'a str>, prefix: &str) -> Option<Vec<u32>> {

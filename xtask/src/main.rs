@@ -3,6 +3,8 @@
 //! A reader should find a command in the file of its name; what several share lies in `environment` (the virtual
 //! environment with the patched PyTorch), `sim` (the simulator's libraries), `wheel` and the modules it is made of.
 
+mod build_tools;
+mod cuda;
 mod demo;
 mod elf;
 mod environment;
@@ -10,6 +12,8 @@ mod exports;
 mod faults;
 mod fingerprint;
 mod lock;
+mod manylinux;
+mod official;
 mod paths;
 mod pins;
 mod process;

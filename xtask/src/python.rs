@@ -8,7 +8,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::pins::TorchRelease;
+use crate::paths::shown;
+use crate::pins::{OfficialTorch, PinnedPackage};
 use crate::process;
 use crate::tools;
 
@@ -38,8 +39,8 @@ print(sys.version_info[0], sys.version_info[1], f'{name}{sys.version_info[0]}{sy
 ";
 
 impl Python {
-    /// The interpreter that `TORCH_UVM_PYTHON` names, else `python3`; an error unless `release` has wheels for it.
-    pub fn find(release: &TorchRelease) -> Result<Self> {
+    /// The interpreter that `TORCH_UVM_PYTHON` names, else `python3`; an error unless `torch` has wheels for it.
+    pub fn find(torch: Option<&OfficialTorch>) -> Result<Self> {
         let name = env::var(PYTHON_VARIABLE).ok().filter(|name| !name.is_empty());
         let name = name.as_deref().unwrap_or("python3");
         let Some(program) = tools::find(name) else {
@@ -51,7 +52,7 @@ impl Python {
         let answer = process::capture(Command::new(&program).args(["-I", "-c", QUESTION]))
             .with_context(|| format!("cannot ask {} which Python it is", program.display()))?;
         let (python, has_venv) = parse_answer(&answer, program)?;
-        python.check(release)?;
+        torch.map_or(Ok(()), |torch| python.check(torch))?;
         if !has_venv {
             bail!(
                 "{} cannot make virtual environments: its modules venv and ensurepip are missing; on Debian and \
@@ -62,8 +63,9 @@ impl Python {
         Ok(python)
     }
 
-    fn check(&self, release: &TorchRelease) -> Result<()> {
-        let (first, last) = release.python;
+    /// An error unless `torch` has wheels for this Python.
+    pub fn check(&self, torch: &OfficialTorch) -> Result<()> {
+        let (first, last) = torch.python;
         if self.version < first || self.version > last {
             bail!(
                 "{} is Python {}.{}; PyTorch {} has wheels for Python {}.{} to {}.{}: install one of these and name \
@@ -71,7 +73,7 @@ impl Python {
                 self.program.display(),
                 self.version.0,
                 self.version.1,
-                release.version(),
+                torch.version(),
                 first.0,
                 first.1,
                 last.0,
@@ -135,6 +137,12 @@ impl Venv {
     }
 }
 
+/// Writes a pip requirements file with the packages and their checksums.
+pub fn write_requirements(file: &Path, packages: &[PinnedPackage]) -> Result<()> {
+    let lines: String = packages.iter().map(|package| package.requirement() + "\n").collect();
+    fs::write(file, lines).with_context(|| format!("cannot write {}", shown(file)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -153,7 +161,7 @@ mod tests {
 
     #[test]
     fn pythons_without_wheels_are_refused_by_name() {
-        let release = pins::release("2.6.0").unwrap();
+        let release = &pins::release("2.6.0").unwrap().official;
         assert!(python((3, 9)).check(release).is_ok());
         assert!(python((3, 13)).check(release).is_ok());
         let error = python((3, 14)).check(release).unwrap_err().to_string();

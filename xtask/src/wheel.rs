@@ -11,14 +11,18 @@ use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use zip::ZipArchive;
 
+use crate::build_tools;
+use crate::cuda::Cuda;
 use crate::elf::Library;
 use crate::exports::{self, User};
 use crate::fingerprint::{Fingerprint, Stamp, sha256_of};
+use crate::manylinux;
+use crate::official;
 use crate::paths::{self, shown};
-use crate::pins::{self, PinnedPackage, TorchRelease};
+use crate::pins::{self, TorchRelease};
 use crate::process;
 use crate::python::{Python, Venv};
 use crate::repack::{self, WheelName};
@@ -98,21 +102,22 @@ impl Folders {
 pub fn make(request: &Request) -> Result<Overlay> {
     tools::require(&tools::for_wheel())?;
     let release = request.release;
-    let python = Python::find(release)?;
+    let python = Python::find(Some(&release.official))?;
     let steps = Steps::new("wheel");
     let folders = Folders::new(request, &python);
 
-    let venv = steps.run("prepare pip, CMake and Ninja", |step| build_tools(step, &python))?;
+    let venv = steps.run("prepare pip, CMake and Ninja", |step| build_tools::prepare(step, &python))?;
     let official = match &request.official {
         Some(file) => file.clone(),
         None => steps.run(format!("fetch the official wheel of PyTorch {}", release.version()), |step| {
-            official_wheel(step, &venv, release, &python)
+            official::fetch(step, &venv, &release.official, &python)
+                .context("no wheel to begin with; one with CUDA that you trust can be passed with --official FILE")
         })?,
     };
     let source = source::fetch(&steps, release, request.source.as_deref())?;
     let users = steps
         .run("unpack headers and libraries of the official wheel", |step| unpack_official(step, &official, &folders))?;
-    let cuda = steps.run("fetch the CUDA headers", |step| cuda_headers(step, &venv, release))?;
+    let cuda = steps.run("fetch the CUDA headers", |step| Cuda::fetch(step, &venv, release.cuda))?;
     steps.run(if request.unpatched { "copy the sources" } else { "patch the sources" }, |step| {
         prepare_sources(step, request, &source, &folders)
     })?;
@@ -137,130 +142,6 @@ pub fn make(request: &Request) -> Result<Overlay> {
     steps.finish(shown(&wheel));
     let cuda_include = cuda.include;
     Ok(Overlay { wheel, python, source, cuda_include })
-}
-
-fn build_tools(step: &Step, python: &Python) -> Result<Venv> {
-    let venv = Venv::ensure(paths::target().join(format!("overlay/tools-{}", python.tag)), python)?;
-    let inputs = pins::BUILD_TOOLS.iter().fold(Fingerprint::new("tools"), |inputs, tool| inputs.value("tool", tool));
-    let stamp = Stamp::new(venv.folder().join("tools.stamp"), inputs);
-    if stamp.is_fresh(&[&venv.program("cmake"), &venv.program("ninja")]) {
-        step.up_to_date();
-        return Ok(venv);
-    }
-    process::run(venv.pip(["install", "--quiet", "--only-binary=:all:"]).args(pins::BUILD_TOOLS))
-        .context("pip could not install the build tools; is the package index reachable?")?;
-    stamp.write()?;
-    Ok(venv)
-}
-
-/// Fetches the official wheel with pip, which checks it against the pinned checksums.
-fn official_wheel(step: &Step, venv: &Venv, release: &TorchRelease, python: &Python) -> Result<PathBuf> {
-    let version = release.version();
-    let Some(pinned) = release.torch.wheel_for(&python.tag, &python.machine) else {
-        bail!(
-            "no checksum of PyTorch {version} for {} on {} is pinned in xtask/src/pins.rs, so the package index is \
-             not asked; pass a CUDA wheel that you trust with --official FILE",
-            python.tag,
-            python.machine
-        );
-    };
-    let folder = paths::downloads().join(format!("torch-{version}-{}", python.tag));
-    let kept = || {
-        let entries = fs::read_dir(&folder).ok()?;
-        entries.flatten().map(|entry| entry.path()).find(|path| path.extension().is_some_and(|e| e == "whl"))
-    };
-    let stamp_for = |wheel: &Path| -> Result<Stamp> {
-        let inputs = Fingerprint::new("official").value("sha256", pinned.sha256).big_file(wheel)?;
-        Ok(Stamp::new(folder.join("checked.stamp"), inputs))
-    };
-    if let Some(wheel) = kept() {
-        let stamp = stamp_for(&wheel)?;
-        if stamp.is_fresh(&[]) || sha256_of(&wheel)? == pinned.sha256 {
-            stamp.write()?;
-            step.up_to_date();
-            return Ok(wheel);
-        }
-        step.note(format_args!("{} is not what it should be: fetched again", shown(&wheel)));
-        fs::remove_file(&wheel).with_context(|| format!("cannot remove {}", shown(&wheel)))?;
-    }
-    fs::create_dir_all(&folder).with_context(|| format!("cannot make the folder {}", shown(&folder)))?;
-    let requirements = folder.join("requirements.txt");
-    write_requirements(&requirements, std::slice::from_ref(&release.torch))?;
-    process::run(
-        venv.pip(["download", "--no-deps", "--only-binary=:all:", "--require-hashes", "--progress-bar=on"])
-            .arg("--dest")
-            .arg(&folder)
-            .arg("--requirement")
-            .arg(&requirements),
-    )
-    .with_context(|| format!("pip could not fetch torch=={version}; is the package index reachable?"))?;
-    let wheel = kept().with_context(|| format!("pip left no wheel in {}", shown(&folder)))?;
-    let sum = sha256_of(&wheel)?;
-    ensure!(sum == pinned.sha256, "{} has SHA-256 {sum}, not {}", shown(&wheel), pinned.sha256);
-    stamp_for(&wheel)?.write()?;
-    Ok(wheel)
-}
-
-fn write_requirements(file: &Path, packages: &[PinnedPackage]) -> Result<()> {
-    let lines: String = packages.iter().map(|package| package.requirement() + "\n").collect();
-    fs::write(file, lines).with_context(|| format!("cannot write {}", shown(file)))
-}
-
-/// Where the CUDA headers and the runtime library to link against are.
-struct Cuda {
-    include: Vec<PathBuf>,
-    runtime_library: PathBuf,
-}
-
-fn cuda_headers(step: &Step, venv: &Venv, release: &TorchRelease) -> Result<Cuda> {
-    let folder = paths::target().join(format!("overlay/cuda-headers-{}", release.version()));
-    let mut inputs = Fingerprint::new("cuda headers");
-    for package in release.cuda_headers {
-        inputs = inputs.value("package", &package.requirement());
-    }
-    let stamp = Stamp::new(folder.with_added_extension("stamp"), inputs);
-    if stamp.is_fresh(&[&folder]) {
-        step.up_to_date();
-    } else {
-        stamp.clear()?;
-        let requirements = folder.with_added_extension("txt");
-        write_requirements(&requirements, release.cuda_headers)?;
-        process::run(
-            venv.pip(["install", "--no-deps", "--only-binary=:all:", "--require-hashes", "--quiet", "--upgrade"])
-                .arg("--target")
-                .arg(&folder)
-                .arg("--requirement")
-                .arg(&requirements),
-        )
-        .context("pip could not fetch NVIDIA's header packages; is the package index reachable?")?;
-        stamp.write()?;
-    }
-    find_cuda(&folder.join("nvidia"))
-}
-
-fn find_cuda(packages: &Path) -> Result<Cuda> {
-    let folders = fs::read_dir(packages).with_context(|| format!("cannot read {}", shown(packages)))?;
-    let mut include: Vec<_> =
-        folders.flatten().map(|entry| entry.path().join("include")).filter(|path| path.is_dir()).collect();
-    include.sort();
-    for header in ["cuda_runtime_api.h", "crt/host_defines.h", "nvml.h"] {
-        ensure!(
-            include.iter().any(|folder| folder.join(header).exists()),
-            "NVIDIA's packages in {} brought no {header}",
-            shown(packages)
-        );
-    }
-    let libraries = packages.join("cuda_runtime/lib");
-    let runtime_library = fs::read_dir(&libraries)
-        .ok()
-        .and_then(|entries| {
-            entries
-                .flatten()
-                .map(|entry| entry.path())
-                .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("libcudart.so.")))
-        })
-        .with_context(|| format!("there is no libcudart.so in {}", shown(&libraries)))?;
-    Ok(Cuda { include, runtime_library })
 }
 
 /// Unpacks what is compiled and linked against, and notes what every other library of the wheel takes from elsewhere.
@@ -416,7 +297,6 @@ fn compile(step: &Step, release: &TorchRelease, venv: &Venv, folders: &Folders, 
     let before = result.exists().then(|| sha256_of(&result)).transpose()?;
 
     let define = |name: &str, value: &str| format!("-D{name}={value}");
-    let include: Vec<_> = cuda.include.iter().map(|folder| folder.to_string_lossy()).collect();
     let mut configure = Command::new(venv.program("cmake"));
     configure
         .args(["-G", "Ninja", "-S"])
@@ -427,11 +307,11 @@ fn compile(step: &Step, release: &TorchRelease, venv: &Venv, folders: &Folders, 
         .arg("-DCMAKE_BUILD_TYPE=Release")
         .arg(define("OVERLAY_SOURCES", &folders.sources().to_string_lossy()))
         .arg(define("OVERLAY_TORCH", &official.join("torch").to_string_lossy()))
-        .arg(define("OVERLAY_CUDA_INCLUDE", &include.join(";")))
+        .arg(define("OVERLAY_CUDA_INCLUDE", &cuda.include_list()))
         .arg(define("OVERLAY_CUDA_RUNTIME", &cuda.runtime_library.to_string_lossy()))
         .arg(define("OVERLAY_RUN_PATH", &run_path))
         .arg(define("GLIBCXX_USE_CXX11_ABI", if abi { "1" } else { "0" }))
-        .arg(define("TORCH_UVM_TORCH_VERSION", &version_number(release.version())?.to_string()));
+        .arg(define("TORCH_UVM_TORCH_VERSION", &pins::version_number(release.version())?.to_string()));
     for command in [&mut configure, Command::new(venv.program("cmake")).arg("--build").arg(&build)] {
         command.env("USE_RUST_UVM", "1").env("TORCH_UVM_ROOT", paths::root()).env("CARGO_TARGET_DIR", paths::target());
         let log = folders.base.join(if command.get_args().any(|word| word == "--build") {
@@ -446,15 +326,6 @@ fn compile(step: &Step, release: &TorchRelease, venv: &Venv, folders: &Folders, 
         step.up_to_date();
     }
     Ok(result)
-}
-
-/// A release as `cmake/TorchUvm.cmake` takes it: 206 for 2.6.0.
-fn version_number(version: &str) -> Result<u32> {
-    let mut parts = version.split('.').map(str::parse::<u32>);
-    match (parts.next(), parts.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => Ok(major * 100 + minor),
-        _ => bail!("«{version}» is no version of PyTorch"),
-    }
 }
 
 /// Checks that the rebuilt library can take the official one's place, and gives the name of the wheel it goes into.
@@ -482,9 +353,9 @@ fn check(
     let rest = users.iter().flat_map(|user| user.imports.iter().cloned());
     let all =
         Library { needed_versions: ours.needed_versions.iter().cloned().chain(rest).collect(), ..Library::default() };
-    let base = glibc_base(&all)?;
+    let base = manylinux::oldest_glibc(&all)?;
     let machine = name.platform.split_once("x86_64").map_or("aarch64", |_| "x86_64");
-    name.platform = format!("manylinux_{}_{}_{machine}", base.0, base.1);
+    name.platform = manylinux::platform(base, machine);
     let release = request.release.version();
     let kind = if request.unpatched { "unpatched" } else { "uvm" };
     name.version = format!("{release}+{kind}.{}", env!("CARGO_PKG_VERSION"));
@@ -499,45 +370,9 @@ fn standard_library() -> Result<Library> {
     Library::read(Path::new(path.trim())).context("cannot look into the compiler's C++ standard library")
 }
 
-/// The oldest glibc that the libraries run on. A libstdc++ of some age comes with a glibc of some age, so what they
-/// need of libstdc++ counts too.
-fn glibc_base(library: &Library) -> Result<(u32, u32)> {
-    /// GLIBCXX_3.4.N and the oldest glibc of a manylinux platform that has it.
-    const LIBSTDCXX: &[(u32, u32)] = &[(19, 17), (22, 24), (24, 28), (28, 31), (29, 34), (30, 35), (32, 38), (33, 39)];
-    let needed = library.newest_needed("GLIBC_");
-    let glibc = needed.as_deref().and_then(|version| version.get(1)).context("it needs no glibc version")?;
-    let Some(libstdcxx) = library.newest_needed("GLIBCXX_") else { return Ok((2, *glibc)) };
-    let minor = libstdcxx.get(2).copied().unwrap_or(0);
-    let base = LIBSTDCXX.iter().find(|(newest, _)| minor <= *newest).map(|(_, base)| *base);
-    let base = base.with_context(|| {
-        format!("it needs GLIBCXX_3.4.{minor}, newer than any manylinux platform known here: build with an older g++")
-    })?;
-    Ok((2, base.max(*glibc)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn needing(versions: &[&str]) -> Library {
-        Library { needed_versions: versions.iter().map(|version| version.to_string()).collect(), ..Library::default() }
-    }
-
-    #[test]
-    fn glibc_base_counts_libstdcxx() {
-        assert_eq!(glibc_base(&needing(&["GLIBC_2.34", "GLIBC_2.4", "GLIBCXX_3.4.19"])).unwrap(), (2, 34));
-        assert_eq!(glibc_base(&needing(&["GLIBC_2.17", "GLIBCXX_3.4.29"])).unwrap(), (2, 34));
-        assert_eq!(glibc_base(&needing(&["GLIBC_2.17"])).unwrap(), (2, 17));
-        assert!(glibc_base(&needing(&["GLIBC_2.17", "GLIBCXX_3.4.99"])).is_err());
-        assert!(glibc_base(&needing(&[])).is_err());
-    }
-
-    #[test]
-    fn version_number_is_major_and_minor() {
-        assert_eq!(version_number("2.6.0").unwrap(), 206);
-        assert_eq!(version_number("2.14.1").unwrap(), 214);
-        assert!(version_number("nightly").is_err());
-    }
 
     #[test]
     fn patched_files_are_those_that_exist_before() {
