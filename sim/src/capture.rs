@@ -7,7 +7,7 @@ use crate::error::{Code, Fail, Step, fail};
 use crate::event::Recorded;
 use crate::state::{DONE, State, thread_number};
 use crate::stream::{Key, Mark, StreamCapture};
-use crate::types::{CaptureInfo, CaptureStatus, GraphNode};
+use crate::types::{CaptureInfo, CaptureStatus, GraphId, GraphNode};
 use crate::work::Work;
 use std::sync::Arc;
 use torch_uvm::driver::{CaptureMode, DeviceIndex, Event};
@@ -38,8 +38,12 @@ pub(crate) struct Capture {
     pub thread: u64,
     pub origin: Key,
     pub device: DeviceIndex,
+    /// The handle that the graph will have; while the capture runs, it names what has been captured so far.
+    pub graph: u64,
     pub streams: Vec<Key>,
     pub nodes: Vec<Node>,
+    /// Nodes that the program has taken out of a stream's dependencies: nobody need join them.
+    pub let_go: Vec<usize>,
     pub invalidated: bool,
 }
 
@@ -245,7 +249,7 @@ impl State {
             return Err(fail(Code::ILLEGAL_STATE, "the stream already captures"));
         }
         let device = stream.device;
-        let id = self.next_id();
+        let (id, graph) = (self.next_id(), self.graph_handle());
         self.stream(key)?.capture = Some(StreamCapture { id, nodes: Vec::new() });
         self.captures.insert(
             id,
@@ -254,8 +258,10 @@ impl State {
                 thread: thread_number(),
                 origin: key,
                 device,
+                graph,
                 streams: vec![key],
                 nodes: Vec::new(),
+                let_go: Vec::new(),
                 invalidated: false,
             },
         );
@@ -284,30 +290,76 @@ impl State {
         if capture.invalidated {
             return Err(Code::STREAM_CAPTURE_INVALIDATED.into());
         }
-        if !all_joined(&capture.nodes, &joined) {
+        let reached: Vec<usize> = joined.iter().chain(&capture.let_go).copied().collect();
+        if !all_joined(&capture.nodes, &reached) {
             return Err(Code::STREAM_CAPTURE_UNJOINED.into());
         }
-        Ok(self.add_graph(Graph { nodes: capture.nodes }))
+        self.graphs.insert(capture.graph, Arc::new(Graph { nodes: capture.nodes }));
+        Ok(capture.graph)
+    }
+
+    /// `cuStreamUpdateCaptureDependencies`: what the stream's next node depends on, beside what it does already or instead.
+    pub fn update_dependencies(&mut self, key: Key, nodes: &[usize], instead: bool) -> Step<()> {
+        let Some(id) = self.capture_of(key) else {
+            return Err(fail(Code::ILLEGAL_STATE, "the stream does not capture"));
+        };
+        let mut dependencies = self.captured_nodes(key, id)?;
+        let capture = self.captures.get_mut(&id).ok_or(Code::UNKNOWN)?;
+        if nodes.iter().any(|node| *node >= capture.nodes.len()) {
+            return Err(fail(Code::INVALID_VALUE, "a node that the capture does not have"));
+        }
+        if instead {
+            capture.let_go.append(&mut dependencies);
+        }
+        for node in nodes {
+            if !dependencies.contains(node) {
+                dependencies.push(*node);
+            }
+        }
+        if let Some(capture) = &mut self.stream(key)?.capture {
+            capture.nodes = dependencies;
+        }
+        Ok(())
     }
 
     /// How a stream's capture stands.
     pub fn capture_info(&self, key: Key) -> CaptureInfo {
-        match self.capture_of(key).and_then(|id| Some((id, self.captures.get(&id)?))) {
-            None => CaptureInfo { status: CaptureStatus::None, id: 0, nodes: 0 },
-            Some((id, capture)) => CaptureInfo {
-                status: if capture.invalidated { CaptureStatus::Invalidated } else { CaptureStatus::Active },
-                id,
-                nodes: capture.nodes.len(),
-            },
+        let none = CaptureInfo { status: CaptureStatus::None, id: 0, nodes: 0, graph: None, dependencies: Vec::new() };
+        let Some((id, capture)) = self.capture_of(key).and_then(|id| Some((id, self.captures.get(&id)?))) else {
+            return none;
+        };
+        if capture.invalidated {
+            return CaptureInfo { status: CaptureStatus::Invalidated, id, nodes: capture.nodes.len(), ..none };
+        }
+        let stream = self.streams.get(&key).and_then(|stream| stream.capture.as_ref());
+        CaptureInfo {
+            status: CaptureStatus::Active,
+            id,
+            nodes: capture.nodes.len(),
+            graph: Some(GraphId(capture.graph)),
+            dependencies: stream.map(|stream| stream.nodes.clone()).unwrap_or_default(),
         }
     }
 
     // ---- graphs -------------------------------------------------------------------------------------------------
 
+    fn graph_handle(&mut self) -> u64 {
+        0x4750_0000_0000 + self.next_id() * GraphId::ALIGN
+    }
+
     pub fn add_graph(&mut self, graph: Graph) -> u64 {
-        let handle = 0x4750_0000_0000 + self.next_id() * 0x40;
+        let handle = self.graph_handle();
         self.graphs.insert(handle, Arc::new(graph));
         handle
+    }
+
+    /// The nodes of a graph, or of one that is still being captured.
+    pub fn nodes_of(&self, graph: u64) -> Step<&[Node]> {
+        if let Some(graph) = self.graphs.get(&graph) {
+            return Ok(&graph.nodes);
+        }
+        let capture = self.captures.values().find(|capture| capture.graph == graph);
+        Ok(&capture.ok_or_else(|| fail(Code::INVALID_VALUE, "this is not a graph"))?.nodes)
     }
 
     pub fn add_exec(&mut self, graph: Arc<Graph>) -> u64 {
@@ -361,7 +413,7 @@ fn leaves(nodes: &[Node]) -> Vec<usize> {
     (0..nodes.len()).filter(|&index| leaf[index]).collect()
 }
 
-/// Whether all work leads to the nodes at which the capturing stream ends.
-fn all_joined(nodes: &[Node], joined: &[usize]) -> bool {
-    leaves(nodes).iter().all(|leaf| joined.contains(leaf))
+/// Whether all work leads to nodes that are reached: those at which the capturing stream ends, and those let go.
+fn all_joined(nodes: &[Node], reached: &[usize]) -> bool {
+    leaves(nodes).iter().all(|leaf| reached.contains(leaf))
 }

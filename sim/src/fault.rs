@@ -88,6 +88,8 @@ entry_points! {
     EndCapture: "end_capture", "cuStreamEndCapture", ["cudaStreamEndCapture"];
     CaptureInfo: "capture_info", "cuStreamGetCaptureInfo",
         ["cuStreamGetCaptureInfo_v2", "cudaStreamGetCaptureInfo", "cudaStreamGetCaptureInfo_v2"];
+    UpdateCaptureDependencies: "update_capture_dependencies", "cuStreamUpdateCaptureDependencies",
+        ["cudaStreamUpdateCaptureDependencies"];
     GraphCreate: "graph_create", "cuGraphCreate", ["cudaGraphCreate"];
     GraphDestroy: "graph_destroy", "cuGraphDestroy", ["cudaGraphDestroy"];
     GraphNodes: "graph_nodes", "cuGraphGetNodes", ["cudaGraphGetNodes"];

@@ -68,6 +68,16 @@ impl Machine {
         })
     }
 
+    /// [`Machine::device_memory`] without being a call: not counted, never failing. `None` where there is no such device.
+    #[must_use]
+    pub fn device_memory_now(&self, device: DeviceIndex) -> Option<DeviceMemory> {
+        let device = usize::try_from(device).ok()?;
+        self.inner.peek(|s| {
+            let total = s.physical.devices.get(device)?.total;
+            Some(DeviceMemory { free: s.physical.device_free(device), total })
+        })
+    }
+
     /// Host memory, as `/proc/meminfo` of the simulated machine would show it (`MemTotal`, `MemAvailable`).
     pub fn host_memory(&self) -> SimResult<HostMemory> {
         self.inner.call(EntryPoint::HostMemory, |s| Ok(s.host_memory()))

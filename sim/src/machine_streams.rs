@@ -340,6 +340,21 @@ impl Machine {
         })
     }
 
+    /// `cuStreamUpdateCaptureDependencies`: the stream's next node depends on these nodes of its capture (by their place in
+    /// [`Machine::graph_nodes`]), and, unless `instead`, on those it would depend on anyway.
+    pub fn update_capture_dependencies(
+        &self,
+        device: DeviceIndex,
+        stream: Stream,
+        nodes: &[usize],
+        instead: bool,
+    ) -> SimResult<()> {
+        self.inner.call(EntryPoint::UpdateCaptureDependencies, |s| {
+            let key = s.stream_key(device, stream)?;
+            s.update_dependencies(key, nodes, instead)
+        })
+    }
+
     /// `cuGraphCreate`: an empty graph.
     pub fn graph_create(&self) -> SimResult<GraphId> {
         self.inner.call(EntryPoint::GraphCreate, |s| Ok(GraphId(s.add_graph(Graph::default()))))
@@ -352,12 +367,10 @@ impl Machine {
         })
     }
 
-    /// `cuGraphGetNodes`.
+    /// `cuGraphGetNodes`. Of a graph that is still being captured ([`CaptureInfo::graph`]): those there are so far.
     pub fn graph_nodes(&self, graph: GraphId) -> SimResult<Vec<GraphNode>> {
-        self.inner.call(EntryPoint::GraphNodes, |s| {
-            let graph = s.graphs.get(&graph.0).ok_or_else(|| fail(Code::INVALID_VALUE, "this is not a graph"))?;
-            Ok(graph.nodes.iter().map(|node| node.node.clone()).collect())
-        })
+        self.inner
+            .call(EntryPoint::GraphNodes, |s| Ok(s.nodes_of(graph.0)?.iter().map(|node| node.node.clone()).collect()))
     }
 
     /// `cuGraphInstantiate`.

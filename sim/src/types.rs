@@ -97,9 +97,14 @@ pub struct StreamInfo {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct PhysicalId(pub u64);
 
-/// A captured graph.
+/// A captured graph. Its number is less than 2^47, like an address.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct GraphId(pub u64);
+
+impl GraphId {
+    /// Every graph's number is a multiple of this.
+    pub const ALIGN: u64 = 0x40;
+}
 
 /// An instantiated graph.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -139,7 +144,7 @@ pub enum CaptureStatus {
 }
 
 /// What is known of a stream's capture.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CaptureInfo {
     /// How it stands.
     pub status: CaptureStatus,
@@ -147,6 +152,11 @@ pub struct CaptureInfo {
     pub id: u64,
     /// The nodes captured so far, of all streams that joined.
     pub nodes: usize,
+    /// The graph that is being made: [`crate::Machine::graph_nodes`] knows it, and ending the capture gives it. `None` where
+    /// the stream does not capture, or the capture is spoilt.
+    pub graph: Option<GraphId>,
+    /// The nodes that the stream's next one will depend on.
+    pub dependencies: Vec<usize>,
 }
 
 /// Advice in force on a managed range (`cuMemRangeGetAttribute`): what holds for *all* of it.

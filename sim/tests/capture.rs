@@ -222,6 +222,55 @@ fn fork_and_join() {
 }
 
 #[test]
+fn a_graph_in_the_making_can_be_looked_at() {
+    let b = bench();
+    let set = |stream| b.m.memset_async(0, b.device.0, 1, 1, SIZE, stream).unwrap();
+    b.m.begin_capture(0, b.captured, Global).unwrap();
+    let info = || b.m.capture_info(0, b.captured).unwrap();
+    assert_eq!(info().dependencies, []);
+    set(b.captured);
+    b.m.event_record(0, b.inside, b.captured).unwrap();
+    b.m.stream_wait_event(0, b.other, b.inside).unwrap();
+    set(b.captured);
+    assert_eq!(info().dependencies, [1]);
+    assert_eq!(b.m.capture_info(0, b.other).unwrap().dependencies, [0]);
+    let graph = info().graph.unwrap();
+    assert_eq!(b.m.graph_nodes(graph).unwrap().iter().map(|node| node.dependencies.len()).collect::<Vec<_>>(), [0, 1]);
+    assert!(b.m.graph_instantiate(graph).is_err() && b.m.graph_destroy(graph).is_err(), "not before it is whole");
+    assert_eq!(b.m.end_capture(0, b.captured).unwrap(), graph);
+    b.m.graph_destroy(graph).unwrap();
+    assert_eq!(b.m.capture_info(0, b.captured).unwrap().graph, None);
+    // A spoilt capture has no graph.
+    b.m.begin_capture(0, b.captured, Global).unwrap();
+    let graph = b.m.capture_info(0, b.captured).unwrap().graph.unwrap();
+    assert!(b.m.alloc_device(0, SIZE).is_err());
+    assert_eq!(b.m.capture_info(0, b.captured).unwrap().graph, None);
+    assert!(b.m.end_capture(0, b.captured).is_err() && b.m.graph_nodes(graph).is_err());
+}
+
+#[test]
+fn dependencies_can_be_set() {
+    let b = bench();
+    let set = || b.m.memset_async(0, b.device.0, 1, 1, SIZE, b.captured).unwrap();
+    let update = |nodes: &[usize], instead| b.m.update_capture_dependencies(0, b.captured, nodes, instead);
+    assert_eq!(update(&[], true).unwrap_err().code, Code::ILLEGAL_STATE);
+    b.m.begin_capture(0, b.captured, Global).unwrap();
+    set();
+    assert_eq!(update(&[1], false).unwrap_err().code, Code::INVALID_VALUE);
+    update(&[], true).unwrap();
+    set();
+    update(&[0, 1], false).unwrap();
+    set();
+    update(&[0], true).unwrap();
+    set();
+    // Node 2 leads nowhere, but was let go on purpose.
+    let graph = b.m.end_capture(0, b.captured).unwrap();
+    let nodes = b.m.graph_nodes(graph).unwrap();
+    let dependencies: Vec<_> = nodes.iter().map(|node| node.dependencies.clone()).collect();
+    assert_eq!(dependencies, [vec![], vec![], vec![1, 0], vec![0]]);
+}
+
+#[test]
 fn what_may_not_be_mixed() {
     // A capturing stream cannot wait for work outside it.
     let b = bench();

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-LIBRARIES = ("libcudart.so.12", "libcudart.so.13", "libcuda.so.1")
+LIBRARIES = ("libcudart.so.12", "libcudart.so.13", "libcuda.so.1", "libnvidia-ml.so.1")
 #: What the variables that choose the machine and the allocator's configuration begin with.
 CHOSEN = ("TORCH_UVM_SIM_", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 #: The configuration that the README starts with.

@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use torch_uvm_sim::SimError;
 
+use crate::error_logs;
 use crate::errors::{Code, code};
 use crate::log;
 
@@ -49,8 +50,12 @@ fn run(name: &str, body: impl FnOnce() -> Outcome) -> Code {
         Ok(Ok(())) => code::SUCCESS,
         Ok(Err(Failure { code, detail, told })) => {
             // "Not ready" is an answer, not a failure.
-            if code != code::NOT_READY && !told {
-                log::line(&format!("{name} returns {code}: {}", detail.as_deref().unwrap_or("refused")));
+            if code != code::NOT_READY {
+                let text = format!("{name} returns {code}: {}", detail.as_deref().unwrap_or("refused"));
+                if !told {
+                    log::line(&text);
+                }
+                error_logs::tell(&text);
             }
             code
         }

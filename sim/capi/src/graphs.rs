@@ -1,10 +1,13 @@
 //! Captures and graphs, for both APIs.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::fmt::Write;
+use std::ptr::null_mut;
 use std::slice;
 
-use torch_uvm_sim::{CaptureStatus, GraphId, GraphNode, NodeKind};
+use torch_uvm_sim::{GraphId, GraphNode, NodeKind};
 
 use crate::context;
 use crate::entry::{Outcome, put, put_optional};
@@ -12,17 +15,24 @@ use crate::errors::code;
 use crate::machine::{Handle, exec, graph, machine, stream};
 use crate::ops;
 
-/// A node's handle holds its graph and its place in it: a node is only ever looked up.
-const PLACE_BITS: u32 = 24;
+/// A node's handle holds its graph and its place in it: a node is only ever looked up. A graph's number has 47 bits, the
+/// last of them 0: what is left of 64 is for the place.
+const PLACE_BITS: u32 = 64 - 47 + GraphId::ALIGN.trailing_zeros();
 
 fn node_handle(graph: GraphId, place: usize) -> Handle {
-    ((graph.0 << PLACE_BITS) | (place as u64 + 1)) as Handle
+    (((graph.0 / GraphId::ALIGN) << PLACE_BITS) | (place as u64 + 1)) as Handle
+}
+
+/// The graph and the place that a node's handle holds; whether they exist is another matter.
+fn parse_node(node: Handle) -> Outcome<(GraphId, usize)> {
+    let bits = node as u64;
+    let (graph, place) = (GraphId((bits >> PLACE_BITS) * GraphId::ALIGN), bits & ((1 << PLACE_BITS) - 1));
+    let place = usize::try_from(place).ok().and_then(|place| place.checked_sub(1)).ok_or(code::INVALID_VALUE)?;
+    Ok((graph, place))
 }
 
 fn find_node(node: Handle) -> Outcome<(GraphId, usize, Vec<GraphNode>)> {
-    let bits = node as u64;
-    let (graph, place) = (GraphId(bits >> PLACE_BITS), bits & ((1 << PLACE_BITS) - 1));
-    let place = usize::try_from(place).ok().and_then(|place| place.checked_sub(1)).ok_or(code::INVALID_VALUE)?;
+    let (graph, place) = parse_node(node)?;
     let nodes = machine()?.graph_nodes(graph)?;
     if place >= nodes.len() {
         Err(code::INVALID_VALUE)?;
@@ -65,26 +75,66 @@ pub struct CaptureAnswers {
     pub count: *mut usize,
 }
 
-/// All forms of `…StreamGetCaptureInfo`. The graph that is being captured has no handle here yet, so who asks for it
-/// or for its nodes is told that this is not supported.
+/// `cudaGraphEdgeData`, all zeros for the plain edges that there are here.
+type EdgeData = [u8; 8];
+
+thread_local! {
+    /// The lists that `capture_info` gave last for each stream: CUDA's belong to the capture, and a caller may read them until
+    /// the stream's next operation.
+    static DEPENDENCIES: RefCell<HashMap<u64, (Vec<Handle>, Vec<EdgeData>)>> = RefCell::default();
+}
+
+/// All forms of `…StreamGetCaptureInfo`.
 ///
 /// # Safety
 /// The pointers are null or valid.
 pub unsafe fn capture_info(on: Handle, answers: &CaptureAnswers) -> Outcome {
     let info = machine()?.capture_info(context::current_device(), stream(on))?;
-    if info.status == CaptureStatus::Active && !(answers.graph.is_null() && answers.dependencies.is_null()) {
-        Err(code::NOT_SUPPORTED)?;
+    let nodes = info.graph.map_or_else(Vec::new, |graph| {
+        info.dependencies.iter().map(|place| node_handle(graph, *place)).collect::<Vec<_>>()
+    });
+    DEPENDENCIES.with_borrow_mut(|lists| {
+        let edges = vec![EdgeData::default(); nodes.len()];
+        let count = nodes.len();
+        let (nodes, edges) = lists.entry(on as u64).insert_entry((nodes, edges)).into_mut();
+        // SAFETY: null or valid by this function's contract.
+        unsafe {
+            put(answers.status, ops::capture_status_number(info.status))?;
+            put_optional(answers.id, info.id);
+            put_optional(answers.graph, info.graph.map_or(null_mut(), |graph| graph.0 as Handle));
+            put_optional(answers.dependencies, nodes.as_ptr());
+            put_optional(answers.edges, edges.as_ptr().cast());
+            put_optional(answers.count, count);
+        }
+        Ok(())
+    })
+}
+
+/// `cudaStreamAddCaptureDependencies`.
+const ADD_DEPENDENCIES: c_uint = 0;
+/// `cudaStreamSetCaptureDependencies`.
+const SET_DEPENDENCIES: c_uint = 1;
+
+/// All forms of `…StreamUpdateCaptureDependencies`.
+///
+/// # Safety
+/// `nodes` is null or has `count` elements.
+pub unsafe fn update_capture_dependencies(on: Handle, nodes: *const Handle, count: usize, flags: c_uint) -> Outcome {
+    if (nodes.is_null() && count > 0) || !matches!(flags, ADD_DEPENDENCIES | SET_DEPENDENCIES) {
+        Err(code::INVALID_VALUE)?;
     }
-    // SAFETY: null or valid by this function's contract.
-    unsafe {
-        put(answers.status, ops::capture_status_number(info.status))?;
-        put_optional(answers.id, info.id);
-        put_optional(answers.graph, std::ptr::null_mut());
-        put_optional(answers.dependencies, std::ptr::null());
-        put_optional(answers.edges, std::ptr::null());
-        put_optional(answers.count, 0);
+    let (machine, device) = (machine()?, context::current_device());
+    let graph = machine.capture_info(device, stream(on))?.graph;
+    let mut places = Vec::with_capacity(count);
+    for at in 0..count {
+        // SAFETY: `at < count`, by this function's contract.
+        let (of, place) = parse_node(unsafe { nodes.add(at).read() })?;
+        if graph.is_some_and(|graph| graph != of) {
+            Err(code::INVALID_VALUE)?;
+        }
+        places.push(place);
     }
-    Ok(())
+    Ok(machine.update_capture_dependencies(device, stream(on), &places, flags == SET_DEPENDENCIES)?)
 }
 
 pub fn instantiate(what: Handle) -> Outcome<Handle> {

@@ -1,8 +1,9 @@
 //! The simulated device as CUDA's own libraries.
 //!
-//! This library exports the entry points of the CUDA runtime (`cuda*`) and driver (`cu*`), unversioned, over one
-//! [`torch_uvm_sim::Machine`]. The stand-ins of `stubs/` carry the SONAMEs `libcudart.so.12`, `libcudart.so.13` and
-//! `libcuda.so.1` and need this library: preloaded, they take the place of the libraries that a wheel brings along.
+//! This library exports the entry points of the CUDA runtime (`cuda*`), of the driver (`cu*`) and of its management library
+//! (`nvml*`), unversioned, over one [`torch_uvm_sim::Machine`]. The stand-ins of `stubs/` carry the SONAMEs
+//! `libcudart.so.12`, `libcudart.so.13`, `libcuda.so.1` and `libnvidia-ml.so.1` and need this library: preloaded, they take
+//! the place of the libraries that a wheel or the driver brings along.
 //! README.md says how it is built and used.
 //!
 //! An entry point that nothing needs yet returns `CUDA_ERROR_NOT_SUPPORTED` and says so in the log (`unsupported`):
@@ -16,11 +17,13 @@ mod blas;
 mod context;
 mod driver;
 mod entry;
+mod error_logs;
 mod errors;
 mod graphs;
 mod host_functions;
 mod log;
 mod machine;
+mod nvml;
 mod ops;
 mod pools;
 mod properties;

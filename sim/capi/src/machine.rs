@@ -8,8 +8,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use torch_uvm_sim::{Config, DevicePtr, Event, GraphExecId, GraphId, HostMemory, Machine, Profile, Stream};
+use torch_uvm_sim::{
+    Config, DeviceMemory, DevicePtr, Event, GraphExecId, GraphId, HostMemory, Machine, Profile, Stream,
+};
 
+use crate::context;
 use crate::entry::Outcome;
 use crate::errors::code;
 use crate::log;
@@ -103,9 +106,9 @@ fn uuid(device: i32) -> [u8; 16] {
     uuid
 }
 
-/// As `nvidia-smi -L` prints it, without `GPU-`.
-fn uuid_text(device: i32) -> String {
-    let mut text: String = uuid(device).iter().map(|byte| format!("{byte:02x}")).collect();
+/// The UUID of the device at a place in the machine, as `nvidia-smi -L` prints it, without `GPU-`.
+pub fn uuid_text(place: i32) -> String {
+    let mut text: String = uuid(place).iter().map(|byte| format!("{byte:02x}")).collect();
     for at in [20, 16, 12, 8] {
         text.insert(at, '-');
     }
@@ -151,6 +154,26 @@ extern "C" fn on_load() {
 #[unsafe(link_section = ".init_array")]
 static ON_LOAD: extern "C" fn() = on_load;
 
+/// The PCI bus of the device at a place in the machine.
+pub fn bus_at(place: i32) -> i32 {
+    place + 1
+}
+
+/// Its PCI bus id.
+pub fn bus_id_at(place: i32) -> String {
+    format!("0000:{:02X}:00.0", bus_at(place))
+}
+
+/// The memory of the device at a place in the machine; `None` where this process does not use that device. Starts nothing.
+pub fn memory_at(place: i32) -> Option<DeviceMemory> {
+    if ORPHANED.load(Relaxed) {
+        return None;
+    }
+    let device = VISIBLE.get()?.iter().position(|visible| *visible == place)?;
+    let device = i32::try_from(device).ok().filter(|device| context::is_active(*device).is_ok_and(|active| active))?;
+    MACHINE.get()?.as_ref()?.device_memory_now(device)
+}
+
 /// One device's constant facts.
 #[derive(Clone, Copy)]
 pub struct Chip {
@@ -178,11 +201,11 @@ impl Chip {
     }
 
     pub fn pci_bus(&self) -> i32 {
-        self.place() + 1
+        bus_at(self.place())
     }
 
     pub fn pci_bus_id(&self) -> String {
-        format!("0000:{:02X}:00.0", self.pci_bus())
+        bus_id_at(self.place())
     }
 }
 

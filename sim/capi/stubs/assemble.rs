@@ -17,7 +17,7 @@ use std::process::Command;
 pub const ENGINE: &str = "libtorch_uvm_sim_capi.so";
 
 /// The stand-ins, each made of `<name>.c` and the version script `<name>.map`.
-pub const STAND_INS: [&str; 3] = ["libcudart.so.12", "libcudart.so.13", "libcuda.so.1"];
+pub const STAND_INS: [&str; 4] = ["libcudart.so.12", "libcudart.so.13", "libcuda.so.1", "libnvidia-ml.so.1"];
 
 /// Copies the engine `cdylib` into the folder `out` and links the stand-ins beside it from the sources in `stubs`
 /// (`sim/capi/stubs`). Uses the C compiler that `CC` names, else `cc`.

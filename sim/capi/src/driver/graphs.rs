@@ -46,6 +46,16 @@ entry_points! { driver;
         edges: *mut *const u8, count: *mut usize,
     ) { graphs::capture_info(on, &CaptureAnswers { status, id, graph, dependencies, edges, count }) }
 
+    /// `cuStreamUpdateCaptureDependencies`, the form before CUDA 12.3.
+    fn cuStreamUpdateCaptureDependencies(on: Handle, nodes: *mut Handle, count: usize, flags: c_uint) {
+        graphs::update_capture_dependencies(on, nodes, count, flags)
+    }
+
+    /// `cuStreamUpdateCaptureDependencies_v2`; edges here carry no data.
+    fn cuStreamUpdateCaptureDependencies_v2(
+        on: Handle, nodes: *mut Handle, _data: *mut c_void, count: usize, flags: c_uint,
+    ) { graphs::update_capture_dependencies(on, nodes, count, flags) }
+
     /// `cuGraphCreate`.
     fn cuGraphCreate(graph: *mut Handle, _flags: c_uint) { put(graph, machine()?.graph_create()?.0 as Handle) }
 
@@ -94,6 +104,16 @@ entry_points! { driver;
     /// `cuGraphNodeGetDependencies`.
     fn cuGraphNodeGetDependencies(node: Handle, nodes: *mut Handle, count: *mut usize) {
         graphs::neighbours(node, false, nodes, count)
+    }
+
+    /// `cuGraphNodeGetDependencies_v2`; edges here carry no data.
+    fn cuGraphNodeGetDependencies_v2(node: Handle, nodes: *mut Handle, _data: *mut c_void, count: *mut usize) {
+        graphs::neighbours(node, false, nodes, count)
+    }
+
+    /// `cuGraphNodeGetDependentNodes_v2`; edges here carry no data.
+    fn cuGraphNodeGetDependentNodes_v2(node: Handle, nodes: *mut Handle, _data: *mut c_void, count: *mut usize) {
+        graphs::neighbours(node, true, nodes, count)
     }
 
     /// `cuGraphNodeGetDependentNodes`.

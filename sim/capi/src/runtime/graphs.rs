@@ -65,15 +65,20 @@ entry_points! { runtime;
         edges: *mut *const u8, count: *mut usize,
     ) { graphs::capture_info(on, &CaptureAnswers { status, id, graph, dependencies, edges, count }) }
 
-    /// `cudaStreamUpdateCaptureDependencies` of CUDA 12: a capture's dependencies cannot be set by hand here.
+    /// `cudaStreamUpdateCaptureDependencies` of CUDA 12.
     fn uvmsim_rt12_cudaStreamUpdateCaptureDependencies(
-        _on: Handle, _nodes: *mut Handle, _count: usize, _flags: c_uint,
-    ) { Err(code::NOT_SUPPORTED)? }
+        on: Handle, nodes: *mut Handle, count: usize, flags: c_uint,
+    ) { graphs::update_capture_dependencies(on, nodes, count, flags) }
 
-    /// `cudaStreamUpdateCaptureDependencies` of CUDA 13.
+    /// `cudaStreamUpdateCaptureDependencies_v2`; edges here carry no data.
+    fn cudaStreamUpdateCaptureDependencies_v2(
+        on: Handle, nodes: *mut Handle, _data: EdgeData, count: usize, flags: c_uint,
+    ) { graphs::update_capture_dependencies(on, nodes, count, flags) }
+
+    /// `cudaStreamUpdateCaptureDependencies` of CUDA 13, which is CUDA 12's `_v2`.
     fn uvmsim_rt13_cudaStreamUpdateCaptureDependencies(
-        _on: Handle, _nodes: *mut Handle, _data: EdgeData, _count: usize, _flags: c_uint,
-    ) { Err(code::NOT_SUPPORTED)? }
+        on: Handle, nodes: *mut Handle, _data: EdgeData, count: usize, flags: c_uint,
+    ) { graphs::update_capture_dependencies(on, nodes, count, flags) }
 
     /// `cudaGraphCreate`.
     fn cudaGraphCreate(graph: *mut Handle, _flags: c_uint) { put(graph, machine()?.graph_create()?.0 as Handle) }
@@ -141,6 +146,11 @@ entry_points! { runtime;
         node: Handle, nodes: *mut Handle, _data: EdgeData, count: *mut usize,
     ) { graphs::neighbours(node, false, nodes, count) }
 
+    /// `cudaGraphNodeGetDependencies_v2`; edges here carry no data.
+    fn cudaGraphNodeGetDependencies_v2(node: Handle, nodes: *mut Handle, _data: EdgeData, count: *mut usize) {
+        graphs::neighbours(node, false, nodes, count)
+    }
+
     /// `cudaGraphNodeGetDependentNodes` of CUDA 12.
     fn uvmsim_rt12_cudaGraphNodeGetDependentNodes(node: Handle, nodes: *mut Handle, count: *mut usize) {
         graphs::neighbours(node, true, nodes, count)
@@ -150,6 +160,11 @@ entry_points! { runtime;
     fn uvmsim_rt13_cudaGraphNodeGetDependentNodes(
         node: Handle, nodes: *mut Handle, _data: EdgeData, count: *mut usize,
     ) { graphs::neighbours(node, true, nodes, count) }
+
+    /// `cudaGraphNodeGetDependentNodes_v2`; edges here carry no data.
+    fn cudaGraphNodeGetDependentNodes_v2(node: Handle, nodes: *mut Handle, _data: EdgeData, count: *mut usize) {
+        graphs::neighbours(node, true, nodes, count)
+    }
 
     /// `cudaGraphNodeGetType`.
     fn cudaGraphNodeGetType(node: Handle, kind: *mut c_int) { put(kind, graphs::node_type(node)?) }

@@ -161,6 +161,16 @@ entry_points! { runtime;
         function: *const c_void, _grid: Dim3, _block: Dim3, _args: *mut *mut c_void, _shared_bytes: usize, on: Handle,
     ) { launch_stub(function, on) }
 
+    /// `__cudaLaunchKernel`: how code compiled by CUDA 13 launches, by the kernel of `__cudaGetKernel`.
+    fn __cudaLaunchKernel(
+        kernel: Handle, _grid: Dim3, _block: Dim3, _args: *mut *mut c_void, _shared_bytes: usize, on: Handle,
+    ) { launch_stub(kernel, on) }
+
+    /// `__cudaLaunchKernel` for the per-thread default stream.
+    fn __cudaLaunchKernel_ptsz(
+        kernel: Handle, _grid: Dim3, _block: Dim3, _args: *mut *mut c_void, _shared_bytes: usize, on: Handle,
+    ) { launch_stub(kernel, on) }
+
     /// `cudaLaunchKernel` for the per-thread default stream.
     fn cudaLaunchKernel_ptsz(
         function: *const c_void, _grid: Dim3, _block: Dim3, _args: *mut *mut c_void, _shared_bytes: usize, on: Handle,
