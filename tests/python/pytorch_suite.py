@@ -1,33 +1,41 @@
 #!/usr/bin/env python3
-"""Runs PyTorch's own test/test_cuda.py on the simulated device, once with `native` and once with `use_uvm:True`.
+"""Runs a test file of PyTorch's own twice, with `native` and with `uvm`, and compares test by test.
 
-Run by `cargo xtask test pytorch`, or by hand with the patched wheel's Python:
+On the simulated device (`cargo xtask test pytorch`, or by hand with the Python of an environment that holds the patched
+wheel, or a stock one with the plug-in):
 
-    TORCH_UVM_SIM_LIB=DIR python tests/python/pytorch_suite.py PATH_TO_PYTORCH_2.6.0_SOURCE [-k SUBSTRING]
+    TORCH_UVM_SIM_LIB=DIR python tests/python/pytorch_suite.py PATH_TO_PYTORCH_SOURCE [-k SUBSTRING]
 
-Every test that passes with `native` must pass with `uvm`, but for those in pytorch_exceptions.json; otherwise the
-exit status is 1. The outcomes go to target/pytorch-tests.json as `{"tests": {name: {"native": …, "uvm": …}}}` with
-`passed`, `failed`, `skipped` or `error` (the process crashed or did not end in time), and what failed to
-target/pytorch-tests.log.
+On this machine's GPU, which it must have to itself (see `Share`):
+
+    python tests/python/pytorch_suite.py PATH_TO_PYTORCH_SOURCE --gpu [--suite cudagraph_trees] [--deadline SECONDS]
+
+Every test that passes with `native` must pass with `uvm`, but for those in pytorch_exceptions.json; otherwise the exit
+status is 1. It is 1 as well if a test was not run because the deadline came. The outcomes go to
+target/pytorch-tests.json as `{"tests": {name: {"native": …, "uvm": …}}, …}` with `passed`, `failed`, `skipped`,
+`error` (the process crashed or did not end in time) or `not run`, and what failed to target/pytorch-tests.log.
 
 Kernels do nothing on the simulated device, so many tests fail with both backends: those that look at results. What is
 left is what concerns an allocator.
 
-Each backend has a nursery (see nursery.py), and every test runs in a fork of it: a crash, a hang or a setting left
+Each backend has nurseries (pytorch_nursery.py), and every test runs in a fork of one: a crash, a hang or a setting left
 behind by one test costs that test only, and both backends see every test under the same conditions.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import collections
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
-import traceback
-import unittest
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,155 +44,130 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
 import simulated  # noqa: E402  (needs the path above)
-from nursery import Client, in_fork, serve  # noqa: E402
+from nursery import Client  # noqa: E402
 
-CONFIGURATIONS = {"native": "", "uvm": "use_uvm:True"}
+BACKENDS = ("native", "uvm")
 EXCEPTIONS = HERE / "pytorch_exceptions.json"
+#: What the tests compile lies here.
+WORK = ROOT / "target"
 MOST_EXCEPTIONS = 10
 #: No exception may be about what an allocator is there for.
 NEVER_EXCEPTED = re.compile(r"graph|pool|stream|stat|snapshot", re.IGNORECASE)
-#: Tests that compile an extension may take this long.
+#: Tests that compile an extension may take this long, in seconds, and are started first.
 COMPILING = {"test_cpp_memory_snapshot_pickle": 400.0, "test_mempool_with_allocator": 400.0}
-#: Importing these is what takes the time. They ask about the GPU while they are imported (see `nursery`).
-IMPORTED_AHEAD = (
-    "numpy",
-    "psutil",
-    "torch.cuda._memory_viz",
-    "torch.testing._internal.common_utils",
-    "torch.testing._internal.common_device_type",
-    "torch.testing._internal.common_optimizers",
-    "torch.testing._internal.autocast_test_lists",
-    "torch.utils.checkpoint",
-    "torch.utils.viz._cycles",
+#: Seconds in which a nursery must be ready, or have listed its tests.
+START_TIMEOUT = 180.0
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A test file of PyTorch's."""
+
+    #: Where it is in PyTorch's source.
+    file: str
+    #: Importing these is what takes the time, beside what the file itself imports from torch.
+    ahead: tuple[str, ...]
+    #: For its processes.
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+SUITES = {
+    "cuda": Suite(
+        "test/test_cuda.py",
+        ("numpy", "psutil", "torch.testing._internal.common_utils", "torch.testing._internal.common_device_type"),
+    ),
+    "cudagraph_trees": Suite(
+        "test/inductor/test_cudagraph_trees.py",
+        ("numpy", "functorch", "torch._inductor.compile_fx", "torch._inductor.cudagraph_trees"),
+        # In each of these short-lived processes a pool of compiling ones would take longer to start than it saves.
+        {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How much of a real GPU uvm may take
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of `jobs` tests that run at once may have of a real GPU's memory with uvm, as oversubscription ratios.
+
+    Managed memory that exceeds what the GPU has free can hang it for everybody. So all of the uvm processes together
+    stay under a quarter of the memory, and the GPU must be empty at the start. A test has most of its part for itself,
+    and leaves enough for four processes that it may start.
+    """
+
+    jobs: int
+
+    #: Of the GPU's memory, for all uvm processes together.
+    ALL = 0.25
+    #: Of a GPU's memory that must be free before anything is started.
+    FREE = 0.95
+
+    @property
+    def test(self) -> float:
+        """The ratio in the test's own process."""
+        return self.ALL / self.jobs * 0.8
+
+    @property
+    def child(self) -> float:
+        """The ratio in each process that a test starts."""
+        return self.ALL / self.jobs * 0.05
+
+
+def conf(ratio: float) -> str:
+    """The allocator configuration with this ratio."""
+    return f"use_uvm:True,uvm_oversubscription_ratio:{ratio:.4f}"
+
+
+def check_gpu_is_free(patience: float) -> dict[str, Any]:
+    """Asks, in another process, what the GPU has free, until it is enough; SystemExit after `patience` seconds."""
+    code = "import json, torch; print(json.dumps([torch.cuda.get_device_name(), *torch.cuda.mem_get_info()]))"
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(simulated.CHOSEN)}
+    until = time.monotonic() + patience
+    while True:
+        asked = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+        if asked.returncode != 0:
+            raise SystemExit(f"no GPU that PyTorch can use:\n{asked.stderr}")
+        name, free, total = json.loads(asked.stdout.splitlines()[-1])
+        if free >= Share.FREE * total:
+            return {"gpu": name, "free_bytes": free, "total_bytes": total}
+        if time.monotonic() > until:
+            raise SystemExit(
+                f"{name}: {free >> 20} of {total >> 20} MiB are free, and {Share.FREE:.0%} must be: the tests need the "
+                "GPU to themselves"
+            )
+        time.sleep(1)
+
+
+#: What a test does that wants the GPU's memory to itself, or measures something that others disturb.
+WANTS_GPU_ALONE = re.compile(
+    r"serialTest|largeTensorTest|total_memory|mem_get_info|memory_fraction|device_memory_used|elapsed_time|perf_counter"
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The nursery: a process that forks one child for each test it is told to run.
+def tests_to_run_alone(source: str) -> set[str]:
+    """The methods, by name, that are to be run while nothing else uses the GPU."""
+    methods = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    lines = source.splitlines()
+
+    def text(method: ast.FunctionDef) -> str:
+        first = min([method.lineno, *(decorator.lineno for decorator in method.decorator_list)])
+        return "\n".join(lines[first - 1 : method.end_lineno])
+
+    tests = [method for method in methods if method.name.startswith("test")]
+    return {test.name for test in tests if WANTS_GPU_ALONE.search(text(test))}
 
 
-class Outcome(unittest.TestResult):
-    """Collects the outcome of one test, subtests included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outcome = "passed"
-        self.detail = ""
-
-    def _note(self, outcome: str, detail: str) -> None:
-        if self.outcome != "failed":
-            self.outcome, self.detail = outcome, detail
-
-    def addError(self, test: Any, err: Any) -> None:  # noqa: N802  (unittest's names)
-        """An exception: the test failed (`error` is kept for processes that do not come back)."""
-        self._note("failed", "".join(traceback.format_exception(*err)))
-
-    def addFailure(self, test: Any, err: Any) -> None:  # noqa: N802
-        """A failed assertion."""
-        self._note("failed", "".join(traceback.format_exception(*err)))
-
-    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:  # noqa: N802
-        """The end of a subtest: one that failed fails the test."""
-        if err is not None:
-            self._note("failed", f"{subtest}\n" + "".join(traceback.format_exception(*err)))
-
-    def addSkip(self, test: Any, reason: str) -> None:  # noqa: N802
-        """A skipped test, or a skipped class."""
-        self._note("skipped", reason)
-
-    def addUnexpectedSuccess(self, test: Any) -> None:  # noqa: N802
-        """A test marked as failing passed."""
-        self._note("failed", "unexpected success")
-
-
-def load_test_module(code: Any, path: Path) -> Any:
-    """Executes test_cuda.py: this is what initialises CUDA, so only a fork does it."""
-    import types
-
-    module = types.ModuleType("test_cuda")
-    module.__file__ = str(path)
-    sys.modules["test_cuda"] = module
-    exec(code, module.__dict__)
-    del module.load_tests  # refuses to load tests of any but the running script
-    return module
-
-
-def all_tests(suite: unittest.TestSuite) -> list[str]:
-    """The names, `Class.test`, in a suite."""
-    names: list[str] = []
-    for item in suite:
-        if isinstance(item, unittest.TestSuite):
-            names += all_tests(item)
-        else:
-            names.append(item.id().split(".", 1)[1])
-    return names
-
-
-def carry_out(request: str, code: Any, path: Path) -> dict[str, Any]:
-    """Does, in a fork, what was asked: `?` the device's facts, `*` the list of tests, else the test of that name."""
-    import torch
-
-    if request == "?":
-        return {
-            "backend": torch.cuda.get_allocator_backend(),
-            "devices": torch.cuda.device_count(),
-            "capability": torch.cuda.get_device_capability(),
-        }
-    module = load_test_module(code, path)
-    if request == "*":
-        return {"tests": all_tests(unittest.defaultTestLoader.loadTestsFromModule(module))}
-    result = Outcome()
-    unittest.defaultTestLoader.loadTestsFromName(request, module).run(result)
-    return {"outcome": result.outcome, "detail": result.detail}
-
-
-def answer_request(request: str, code: Any, path: Path, timeout: float) -> dict[str, Any]:
-    """Has a fork carry out a request."""
-    # Abrupt: a test that failed half-way may have left threads and captures behind that would hold up a proper end.
-    allowed = COMPILING.get(request.rpartition(".")[2], timeout)
-    ended = in_fork(lambda: carry_out(request, code, path), allowed, abrupt=True)
-    reply = ended.reply or {"outcome": "error", "detail": f"{ended.ending}\n{ended.output[-6000:]}"}
-    if reply.get("outcome") == "failed" and ended.output.strip():
-        reply["detail"] += f"--- printed\n{ended.output[-3000:]}"
-    return {**reply, "seconds": round(ended.seconds, 2)}
-
-
-def nursery(test_file: Path, expected_backend: str, timeout: float) -> None:
-    """Imports what takes long, then answers requests."""
-    import importlib
-    import importlib.util
-
-    os.chdir(test_file.parent)
-    sys.path[0] = str(test_file.parent)
-    import torch
-    import torch.utils._triton
-
-    facts = answer_request("?", None, test_file, timeout)
-    if facts.get("backend") != expected_backend:
-        found = facts.get("backend", facts.get("detail"))
-        raise SystemExit(f"the allocator backend is {found!r}, not {expected_backend!r}: is this the patched wheel?")
-    # The helpers ask whether there is a GPU, and which, while they are imported. Asking CUDA would make every fork
-    # unusable, so a fork has asked, and its answers are given.
-    stand_ins = {
-        (torch._C, "_cuda_getDeviceCount"): lambda: facts["devices"],
-        (torch.cuda, "get_device_capability"): lambda device=None: tuple(facts["capability"]),
-        (torch.utils._triton, "has_triton"): lambda: importlib.util.find_spec("triton") is not None,
-    }
-    originals = {(module, name): getattr(module, name) for module, name in stand_ins}
-    for (module, name), stand_in in stand_ins.items():
-        setattr(module, name, stand_in)
-    for imported in IMPORTED_AHEAD:
-        importlib.import_module(imported)
-    for (module, name), original in originals.items():
-        setattr(module, name, original)
-    if torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork():
-        raise SystemExit("CUDA was initialised before the first fork")
-    code = compile(test_file.read_text(), str(test_file), "exec")
-    serve(lambda request: answer_request(request, code, test_file, timeout))
+def is_among(name: str, methods: set[str]) -> bool:
+    """Whether `Class.test` is one of the methods, or one of their parametrised forms (`test_…_float32`)."""
+    test = name.rpartition(".")[2]
+    return any(test == method or test.startswith(f"{method}_") for method in methods)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The runner
+# Processes
 
 
 def make_cuda_home(home: Path) -> None:
@@ -215,183 +198,362 @@ def make_cuda_home(home: Path) -> None:
             for header in Path(location).glob(f"{folder}/*"):
                 if header.suffix in (".h", ".hpp") or header.name == "crt":
                     link(include / header.name, header)
-            for library in Path(location).glob("cuda_runtime/lib/libcudart.so.*"):
-                link(lib / "libcudart.so", library)
+            for pattern in ("cuda_runtime/lib/libcudart.so.*", "cu13/lib/libcudart.so.*"):
+                for library in Path(location).glob(pattern):
+                    link(lib / "libcudart.so", library)
 
 
-def start_nursery(backend: str, arguments: argparse.Namespace, log: TextIO) -> Client:
-    """Starts a nursery of one backend on the simulated device."""
-    variables = simulated.environment(
-        CONFIGURATIONS[backend],
-        device=arguments.device,
-        hbm=arguments.hbm,
-        host=arguments.host,
-        devices=arguments.devices,
-        schedule=arguments.schedule,
-        require=True,
-        # For tests that compile an extension. They remove it afterwards, so each backend has its own.
-        CUDA_HOME=str(arguments.out.parent / "cuda-home"),
-        TORCH_EXTENSIONS_DIR=str(arguments.out.parent / "torch-extensions" / backend),
-        PATH=f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
-    )
-    command = [sys.executable, str(Path(__file__).resolve()), str(arguments.source), "--nursery", backend]
-    return Client(f"the tests with {backend}", [*command, "--timeout", str(arguments.timeout)], variables, log)
+class Nurseries:
+    """The nursery processes of a run: started when they are needed, kept until the end."""
+
+    def __init__(self, arguments: argparse.Namespace, log: TextIO) -> None:
+        self._arguments = arguments
+        self._log = log
+        self._idle: dict[tuple[str, int], list[Client]] = collections.defaultdict(list)
+        self._lock = threading.Lock()
+
+    def take(self, backend: str, jobs: int) -> Client:
+        """One for a test of this backend that runs beside `jobs - 1` others. To be given back."""
+        with self._lock:
+            idle = self._idle[self._kind(backend, jobs)]
+            return idle.pop() if idle else self._start(backend, jobs)
+
+    def give_back(self, backend: str, jobs: int, client: Client) -> None:
+        """For the next one who asks."""
+        with self._lock:
+            self._idle[self._kind(backend, jobs)].append(client)
+
+    def warm_up(self, backend: str, jobs: int, count: int) -> None:
+        """Starts some ahead, which import what they need while others work."""
+        for _ in range(count):
+            self.give_back(backend, jobs, self._start(backend, jobs))
+
+    def close(self) -> None:
+        """Ends them."""
+        for clients in self._idle.values():
+            for client in clients:
+                client.close()
+
+    def _kind(self, backend: str, jobs: int) -> tuple[str, int]:
+        # How many run at once says how much memory uvm may have on a real GPU, and makes no difference elsewhere.
+        return backend, jobs if backend == "uvm" and self._arguments.gpu else 0
+
+    def _start(self, backend: str, jobs: int) -> Client:
+        arguments = self._arguments
+        suite = SUITES[arguments.suite]
+        command = [sys.executable, str(HERE / "pytorch_nursery.py"), str(arguments.source / suite.file)]
+        command += ["--backend", backend, "--timeout", str(START_TIMEOUT)]
+        command += [argument for name in suite.ahead for argument in ("--import", name)]
+        # Tests that compile an extension remove it afterwards, so each backend has its own.
+        variables = {
+            **suite.variables,
+            "TORCH_EXTENSIONS_DIR": str(WORK / "torch-extensions" / backend),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
+        }
+        if arguments.gpu:
+            environment = {key: value for key, value in os.environ.items() if not key.startswith(simulated.CHOSEN)}
+            environment.update(variables, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs)))
+            if backend == "uvm":
+                share = Share(jobs)
+                environment["PYTORCH_CUDA_ALLOC_CONF"] = conf(share.test)
+                command += ["--conf-of-children", conf(share.child)]
+        else:
+            environment = simulated.environment(
+                "use_uvm:True" if backend == "uvm" else "",
+                device=arguments.device,
+                hbm=arguments.hbm,
+                host=arguments.host,
+                devices=arguments.devices,
+                schedule=arguments.schedule,
+                require=True,
+                CUDA_HOME=str(WORK / "cuda-home"),
+                **variables,
+            )
+        return Client(f"the tests with {backend}", command, environment, self._log)
 
 
-def run_all(
-    names: dict[str, list[str]], arguments: argparse.Namespace, log: TextIO
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Runs `names[backend]` for each backend, the backends side by side; answers by backend and name."""
-    answers: dict[str, dict[str, dict[str, Any]]] = {backend: {} for backend in names}
-    queues = {backend: collections.deque(tests) for backend, tests in names.items()}
-    total = sum(map(len, names.values()))
-    progress = threading.Lock()
-    failures: list[BaseException] = []
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
 
-    def work(backend: str) -> None:
+Answers = dict[str, dict[str, Any]]
+NOT_RUN = {"outcome": "not run", "detail": "the deadline came first", "seconds": 0.0}
+
+
+@dataclass
+class Work:
+    """Tests of one backend, `jobs` of them at a time."""
+
+    backend: str
+    tests: list[str]
+    jobs: int
+
+
+class Run:
+    """A run of a suite: what is left of its time, and how it answers."""
+
+    def __init__(self, arguments: argparse.Namespace, log: TextIO) -> None:
+        self.nurseries = Nurseries(arguments, log)
+        self._arguments = arguments
+        self._log = log
+        self._started = time.monotonic()
+        self._progress = threading.Lock()
+
+    def end(self, part: float) -> float:
+        """The time (monotonic) at which this part of the deadline has passed."""
+        return self._started + float(self._arguments.deadline) * part
+
+    def together(self, works: list[Work], answers: dict[str, Answers], until: float) -> None:
+        """Does all of the works side by side; adds to `answers[backend]` each test's answer."""
+        failures: list[BaseException] = []
+        threads = []
+        for work in works:
+            # From the start, so that who looks on sees what has not been run.
+            answers[work.backend].update((name, NOT_RUN) for name in work.tests)
+            queue = collections.deque(sorted(work.tests, key=lambda name: name.rpartition(".")[2] not in COMPILING))
+            for _ in range(min(work.jobs, len(work.tests))):
+                parameters = (work, queue, answers[work.backend], until, failures)
+                threads.append(threading.Thread(target=self._run_queue, args=parameters))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    def _run_queue(
+        self, work: Work, queue: collections.deque[str], answers: Answers, until: float, failures: list[BaseException]
+    ) -> None:
         try:
-            process = start_nursery(backend, arguments, log)
-            while not failures:
+            client = self.nurseries.take(work.backend, work.jobs)
+            while not failures and time.monotonic() < until:
                 try:
-                    name = queues[backend].popleft()
+                    name = queue.popleft()
                 except IndexError:
                     break
-                answer = process.ask(name)
-                with progress:
-                    answers[backend][name] = answer
-                    done = sum(map(len, answers.values()))
-                    if answer["outcome"] in ("failed", "error"):
-                        ending = f"{answer['outcome']} after {answer['seconds']} s"
-                        log.write(f"==== {name} [{backend}] {ending}\n{answer['detail']}\n")
-                        log.flush()
-                    if done % 50 == 0 or done == total:
-                        print(f"{done} of {total} runs done", file=sys.stderr, flush=True)
-            process.close()
+                allowed = COMPILING.get(name.rpartition(".")[2], self._arguments.timeout)
+                left = until - time.monotonic()
+                answer = client.ask([name, min(allowed, left)])
+                if answer["late"] and left < allowed:
+                    break  # it stays `not run`
+                with self._progress:
+                    answers[name] = answer
+                    self._tell(name, work.backend, answer)
+            self.nurseries.give_back(work.backend, work.jobs, client)
         except BaseException as failure:
             failures.append(failure)
 
-    each = max(1, arguments.jobs // max(1, len(names)))
-    threads = [threading.Thread(target=work, args=(backend,)) for backend in names for _ in range(each)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    return answers
+    def _tell(self, name: str, backend: str, answer: dict[str, Any]) -> None:
+        if answer["outcome"] in ("failed", "error"):
+            ending = f"{answer['outcome']} after {answer['seconds']} s"
+            self._log.write(f"==== {name} [{backend}] {ending}\n{answer['detail']}\n")
+            self._log.flush()
+
+    def say(self, text: str) -> None:
+        """Prints a line with the time so far."""
+        print(f"{time.monotonic() - self._started:6.1f} s  {text}", file=sys.stderr, flush=True)
 
 
-def read_exceptions(path: Path) -> dict[str, str]:
-    """The committed list, `{test: reason}`, checked against its own rules."""
-    exceptions: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    problems = [f"{name} has no reason" for name, reason in exceptions.items() if not str(reason).strip()]
-    problems += [f"{name} is about what an allocator is for" for name in exceptions if NEVER_EXCEPTED.search(name)]
-    if len(exceptions) > MOST_EXCEPTIONS:
-        problems.append(f"{len(exceptions)} entries, at most {MOST_EXCEPTIONS} are allowed")
-    if problems:
-        raise SystemExit(f"{path}: {'; '.join(problems)}")
-    return exceptions
+def run_simulated(run: Run, names: list[str], outcomes: dict[str, Answers], arguments: argparse.Namespace) -> None:
+    """Runs the tests with all backends side by side: each process has a simulated device of its own."""
+    each = max(1, arguments.jobs // len(outcomes))
+    run.together([Work(backend, names, each) for backend in outcomes], outcomes, run.end(1))
+
+
+def run_on_gpu(run: Run, names: list[str], outcomes: dict[str, Answers], arguments: argparse.Namespace) -> None:
+    """Runs the tests with one backend after the other: first those that can share the GPU, then the others.
+
+    A test that found too little memory beside others is run once more alone.
+    """
+    alone = tests_to_run_alone((arguments.source / SUITES[arguments.suite].file).read_text())
+    parts = {"native": (0.33, 0.45), "uvm": (0.78, 0.92)} if len(outcomes) == 2 else {list(outcomes)[0]: (0.8, 0.95)}
+    for backend, (first_part, second_part) in parts.items():
+        for other in outcomes:
+            run.nurseries.warm_up(other, arguments.jobs, arguments.jobs if other != backend else 0)
+        check_gpu_is_free(patience=20)
+        # What does not pass with native has nothing to say about uvm: last.
+        interesting = [name for name in names if outcomes.get("native", {}).get(name, NOT_RUN)["outcome"] == "passed"]
+        queue = interesting + [name for name in names if name not in set(interesting)] if backend == "uvm" else names
+        answers = outcomes[backend]
+        shared = [name for name in queue if not is_among(name, alone)]
+        run.together([Work(backend, shared, arguments.jobs)], outcomes, run.end(first_part))
+        run.say(f"{backend}: {count(answers[name]['outcome'] for name in shared)} beside each other")
+        starved = [
+            name
+            for name in shared
+            if answers[name]["outcome"] == "failed" and "OutOfMemoryError" in answers[name]["detail"]
+        ]
+        single = [name for name in queue if is_among(name, alone)] + starved
+        run.together([Work(backend, single, 1)], outcomes, run.end(second_part))
+        run.say(f"{backend}: {count(answers[name]['outcome'] for name in single)} alone")
 
 
 def steady(
-    suspects: list[str], outcomes: dict[str, dict[str, dict[str, Any]]], arguments: argparse.Namespace, log: TextIO
-) -> list[str]:
-    """Runs the suspects again, natively thrice; answers those that passed with uvm this time.
+    run: Run, suspects: list[str], outcomes: dict[str, Answers], arguments: argparse.Namespace
+) -> dict[str, list[str]]:
+    """Runs the suspects again, thrice; answers how they fared with uvm.
 
     One that does not always pass with native proves nothing about uvm (a test that looks at what a kernel should have
-    written can pass by luck): its native outcome becomes the bad one. One that passes with uvm the second time still
-    counts as failed: its cause may be a race.
+    written can pass by luck): its native outcome becomes the bad one. One that passes with uvm this time still counts
+    as failed: its cause may be a race.
     """
-    again: list[str] = []
-    for attempt in range(3):
-        backends = ("native", "uvm") if attempt == 0 else ("native",)
-        answers = run_all({backend: suspects for backend in backends}, arguments, log)
+    again: dict[str, list[str]] = {name: [] for name in suspects}
+    for _ in range(3):
+        answers: dict[str, Answers] = {backend: {} for backend in BACKENDS}
+        works = [Work(backend, suspects, 1) for backend in BACKENDS]
+        for together in [[work] for work in works] if arguments.gpu else [works]:
+            run.together(together, answers, run.end(1))
         for name in suspects:
-            if answers["native"][name]["outcome"] != "passed":
+            if answers["native"][name]["outcome"] not in ("passed", "not run"):
                 outcomes["native"][name] = answers["native"][name]
-        if attempt == 0:
-            again = [name for name in suspects if answers["uvm"][name]["outcome"] == "passed"]
+            again[name].append(answers["uvm"][name]["outcome"])
     return again
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def count(outcomes: Iterable[str]) -> str:
+    """`3 passed, 1 failed, …`, without what there is none of."""
+    counts = collections.Counter(outcomes)
+    kinds = ("passed", "failed", "skipped", "error", "not run")
+    return ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind]) or "none"
+
+
+def read_exceptions(path: Path, where: str, suite: str) -> dict[str, str]:
+    """The committed list of `where` (simulated or gpu) and this suite: `{test: reason}`. All are held to the rules."""
+    lists: dict[str, dict[str, dict[str, str]]] = json.loads(path.read_text())
+    every = [(name, reason) for suites in lists.values() for tests in suites.values() for name, reason in tests.items()]
+    problems = [f"{key} is neither simulated nor gpu" for key in lists if key not in ("simulated", "gpu")]
+    problems += [f"no suite {key}" for suites in lists.values() for key in suites if key not in SUITES]
+    problems += [f"{name} has no reason" for name, reason in every if not str(reason).strip()]
+    # The method's name: every class of cudagraph_trees is about graphs, and so is every test in it.
+    never = [name for name, _ in every if NEVER_EXCEPTED.search(name.rpartition(".")[2])]
+    problems += [f"{name} is about what an allocator is for" for name in never]
+    if len(every) > MOST_EXCEPTIONS:
+        problems.append(f"{len(every)} entries, at most {MOST_EXCEPTIONS} are allowed")
+    if problems:
+        raise SystemExit(f"{path}: {'; '.join(problems)}")
+    return lists.get(where, {}).get(suite, {})
+
+
+def last_line(answer: dict[str, Any]) -> str:
+    """The line of a failure that says most: the exception's."""
+    lines = str(answer["detail"]).partition("--- printed")[0].strip().splitlines() or [""]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])[:300]
+
+
+def write_outcomes(
+    arguments: argparse.Namespace, names: list[str], outcomes: dict[str, Answers], about: dict[str, Any]
+) -> dict[str, dict[str, str]]:
+    """Writes the outcomes as JSON; answers them as a table."""
+    table = {
+        name: {backend: outcomes[backend].get(name, NOT_RUN)["outcome"] for backend in outcomes}
+        for name in sorted(names)
+    }
+    seconds = {backend: {name: answer["seconds"] for name, answer in outcomes[backend].items()} for backend in outcomes}
+    arguments.out.write_text(json.dumps({**about, "tests": table, "seconds": seconds}, indent=1) + "\n")
+    return table
 
 
 def run_suite(arguments: argparse.Namespace) -> int:
     """The whole run: lists, runs, compares, reports."""
-    exceptions = read_exceptions(EXCEPTIONS)
+    exceptions = read_exceptions(EXCEPTIONS, "gpu" if arguments.gpu else "simulated", arguments.suite)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     backends = arguments.backends.split(",")
-    make_cuda_home(arguments.out.parent / "cuda-home")
-    for lock in (arguments.out.parent / "torch-extensions").glob("*/*/lock"):
+    about: dict[str, Any] = {"suite": arguments.suite}
+    if arguments.gpu:
+        about.update(check_gpu_is_free(patience=0))
+    else:
+        make_cuda_home(WORK / "cuda-home")
+    for lock in (WORK / "torch-extensions").glob("*/*/lock"):
         lock.unlink()  # of a process that was ended while it compiled: the next would wait for ever
+    outcomes: dict[str, Answers] = {backend: {} for backend in backends}
+    again: dict[str, list[str]] = {}
+    suspects: list[str] = []
     with open(arguments.out.with_suffix(".log"), "w") as log:
-        first = start_nursery(backends[0], arguments, log)
-        listing = first.ask("*")
-        first.close()
+        run = Run(arguments, log)
+        if arguments.gpu:
+            run.nurseries.warm_up(backends[0], arguments.jobs, arguments.jobs)
+        first = run.nurseries.take(backends[0], arguments.jobs)
+        listing = first.ask(["*", START_TIMEOUT])
+        about.update(first.ask(["?"]))
+        about["facts"].pop("backend")
+        run.nurseries.give_back(backends[0], arguments.jobs, first)
         names = [name for name in listing.get("tests", []) if arguments.k in name]
         if not names:
             raise SystemExit(f"no tests: {listing.get('detail', '')}\n(asked for names with {arguments.k!r})")
-        outcomes = run_all({backend: names for backend in backends}, arguments, log)
-        worse, again = [], []
-        if set(backends) == set(CONFIGURATIONS):
-            passing = [name for name in names if outcomes["native"][name]["outcome"] == "passed"]
-            suspects = [name for name in passing if outcomes["uvm"][name]["outcome"] != "passed"]
-            if suspects:
-                again = steady(suspects, outcomes, arguments, log)
-            worse = [name for name in suspects if outcomes["native"][name]["outcome"] == "passed"]
+        run.say(f"{len(names)} tests")
+        try:
+            (run_on_gpu if arguments.gpu else run_simulated)(run, names, outcomes, arguments)
+            if set(backends) == set(BACKENDS):
+                passing = [name for name in names if outcomes["native"][name]["outcome"] == "passed"]
+                suspects = [name for name in passing if outcomes["uvm"][name]["outcome"] not in ("passed", "not run")]
+                again = steady(run, suspects, outcomes, arguments) if suspects else {}
+        finally:
+            # Whatever happened: what has been learnt so far.
+            table = write_outcomes(arguments, names, outcomes, about)
+        run.nurseries.close()
 
-    table = {name: {backend: outcomes[backend][name]["outcome"] for backend in backends} for name in sorted(names)}
-    arguments.out.write_text(json.dumps({"tests": table}, indent=1) + "\n")
+    print(f"{arguments.suite}, PyTorch {about['facts']['torch']}, {about['facts']['device']}")
+    if about["missing"]:
+        print(f"tests that use these are skipped, this PyTorch lacks them: {', '.join(about['missing'])}")
     for backend in backends:
-        counts = collections.Counter(row[backend] for row in table.values())
-        print(
-            f"{backend:>6}: " + ", ".join(f"{counts[kind]} {kind}" for kind in ("passed", "failed", "skipped", "error"))
-        )
+        print(f"{backend:>6}: {count(row[backend] for row in table.values())}")
+    worse = [name for name in suspects if outcomes["native"][name]["outcome"] == "passed"]
     unexplained = [name for name in worse if name not in exceptions]
-    stale = [name for name in exceptions if name in table and name not in worse]
+    stale = [name for name in exceptions if table.get(name, {}).get("uvm") == "passed"]
     for name in worse:
         note = f"excepted: {exceptions[name]}" if name in exceptions else "NOT EXCEPTED"
-        luck = " (passed when run again)" if name in again else ""
-        lines = outcomes["uvm"][name]["detail"].partition("--- printed")[0].strip().splitlines() or [""]
-        reason = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
+        answer = outcomes["uvm"][name]
         print(
-            f"passes with native, {outcomes['uvm'][name]['outcome']} with uvm{luck}: {name}: {note}\n        {reason}"
+            f"passes with native, {answer['outcome']} with uvm (again: {', '.join(again[name])}): {name}: {note}\n"
+            f"        {last_line(answer)}"
         )
     for name in stale:
         print(f"stale entry in {EXCEPTIONS.name}, it no longer differs: {name}")
+    unfinished = [name for name, row in table.items() if "not run" in row.values()]
     print(f"{len(table)} tests; outcomes in {arguments.out}, failures in {arguments.out.with_suffix('.log')}")
-    return 1 if unexplained else 0
+    return 1 if unexplained or unfinished else 0
 
 
 def main() -> None:
     """Reads the arguments; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "source", type=Path, help="the unpacked source of PyTorch 2.6.0 (its test/ folder is what is used)"
-    )
+    parser.add_argument("source", type=Path, help="the unpacked source of PyTorch (its test/ folder is what is used)")
+    parser.add_argument("--suite", choices=SUITES, default="cuda", help="which test file (default cuda: test_cuda.py)")
+    parser.add_argument("--gpu", action="store_true", help="on this machine's GPU, not on the simulated device")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "target" / "pytorch-tests.json", help="where the outcomes go"
     )
     parser.add_argument("-k", default="", metavar="SUBSTRING", help="only tests whose name holds this")
     parser.add_argument("--backends", default="native,uvm", help="which backends, by commas (default native,uvm)")
-    parser.add_argument("--jobs", type=int, default=2, help="tests at a time, both backends together (default 2)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=2,
+        help="tests at a time, on the simulated device both backends together (default 2)",
+    )
     parser.add_argument("--timeout", type=float, default=60, help="seconds a test may take (default 60)")
+    parser.add_argument(
+        "--deadline", type=float, default=86400, help="seconds for everything; what is left then is `not run`"
+    )
     parser.add_argument("--device", default="gh200", help="profile of the simulated device (default gh200)")
     parser.add_argument("--hbm", default=None, help="its memory, such as 2GiB (default: the profile's)")
     parser.add_argument("--host", default=None, help="the host's memory, such as 10GiB (default: the profile's)")
     parser.add_argument("--schedule", default="late", help="when streams run: late, eager or a seed (default late)")
     parser.add_argument("--devices", type=int, default=1, help="how many simulated devices (default 1)")
-    parser.add_argument("--nursery", metavar="BACKEND", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
-    test_file = (arguments.source / "test" / "test_cuda.py").resolve()
-    if not test_file.is_file():
-        parser.error(f"{arguments.source}: no test/test_cuda.py there; give the unpacked source of PyTorch 2.6.0")
-    unknown = sorted(set(arguments.backends.split(",")) - set(CONFIGURATIONS))
-    if unknown:
-        parser.error(f"--backends: {', '.join(unknown)}; allowed are {', '.join(CONFIGURATIONS)}")
-    if arguments.nursery:
-        nursery(test_file, arguments.nursery, arguments.timeout)
-    else:
-        raise SystemExit(run_suite(arguments))
+    arguments.source = arguments.source.resolve()
+    if not (arguments.source / SUITES[arguments.suite].file).is_file():
+        parser.error(f"{arguments.source}: no {SUITES[arguments.suite].file} there; give PyTorch's unpacked source")
+    chosen = arguments.backends.split(",")
+    if sorted(chosen) != sorted(set(chosen) & set(BACKENDS)):
+        parser.error(f"--backends: {arguments.backends}; allowed are {' and '.join(BACKENDS)}, each at most once")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: {arguments.jobs}; at least one")
+    raise SystemExit(run_suite(arguments))
 
 
 if __name__ == "__main__":
