@@ -13,15 +13,23 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from simulated import HERE, UVM, Finished, environment, run_python
 
 ROOT = HERE.parent.parent
 PACKAGE = ROOT / "python" / "torch_uvm"
+try:
+    import torch_uvm  # noqa: F401
+except ModuleNotFoundError:  # a patched PyTorch, to which the package need not be installed
+    sys.path.append(str(PACKAGE.parent))
+from torch_uvm import _activate, _library, _report  # noqa: E402
+
+PATCHED = _library.running() is not None  # pytest's own process has no key of ours
 
 # A PyTorch of a few lines, whose setters write down what reaches them.
 FAKE_TORCH = """
@@ -168,8 +176,7 @@ print(json.dumps(sorted(set(sys.modules) - before - {"torch"})))
 @pytest.mark.parametrize("conf", ["", "max_split_size_mb:64", "backend:cudaMallocAsync,pinned_use_uvmlike:True"])
 def test_without_keys_of_ours_nothing_is_imported(fakes: Path, conf: str) -> None:
     """Every process that imports PyTorch pays for this: two tiny modules, and no library is loaded."""
-    same = printed(run_fake(fakes, IMPORTED, conf))
-    assert same == ["torch_uvm", "torch_uvm._activate"], same
+    assert printed(run_fake(fakes, IMPORTED, conf)) == ["torch_uvm", "torch_uvm._activate"]
 
 
 def test_with_keys_of_ours_the_rest_is_imported(fakes: Path) -> None:
@@ -211,12 +218,7 @@ assert not hasattr(torch_uvm, "no_such_name")
 )
 def test_which_keys_are_ours(conf: str, ours: bool) -> None:
     """`use_uvm` and whatever begins with `uvm_`, as the allocator has it; PyTorch drops spaces."""
-    sys.path.insert(0, str(PACKAGE.parent))
-    try:
-        from torch_uvm._activate import has_our_keys
-    finally:
-        sys.path.remove(str(PACKAGE.parent))
-    assert has_our_keys(conf) is ours
+    assert _activate.has_our_keys(conf) is ours
 
 
 ENABLED = "import json, torch, torch_uvm; print(json.dumps(torch_uvm.is_enabled()))"
@@ -387,11 +389,6 @@ def test_wrong_settings_in_the_environment(fakes: Path) -> None:
 
 def test_the_python_mirror_of_the_c_interface() -> None:
     """The interface's number and the structure's fields are those of c_api.h."""
-    sys.path.insert(0, str(PACKAGE.parent))
-    try:
-        from torch_uvm import _library
-    finally:
-        sys.path.remove(str(PACKAGE.parent))
     header = (ROOT / "cpp" / "torch_uvm" / "c_api.h").read_text()
     number = re.search(r"#define TORCH_UVM_C_API (\d+)", header)
     structure = re.search(r"struct torch_uvm_memory_info_t \{(.*?)\n\};", header, re.DOTALL)
@@ -403,12 +400,286 @@ def test_the_python_mirror_of_the_c_interface() -> None:
 
 def test_our_list_of_options_is_the_allocators() -> None:
     """`config` has every key that the allocator knows."""
-    sys.path.insert(0, str(PACKAGE.parent))
-    try:
-        from torch_uvm._report import OPTIONS
-    finally:
-        sys.path.remove(str(PACKAGE.parent))
     source = (ROOT / "src" / "options.rs").read_text()
     keys = re.search(r"pub const KEYS: \[&'static str; \d+\] = \[(.*?)\];", source, re.DOTALL)
     assert keys
-    assert list(OPTIONS) == re.findall(r'"(\w+)"', keys[1])
+    assert list(_report.OPTIONS) == re.findall(r'"(\w+)"', keys[1])
+
+
+def installed() -> str | None:
+    """Why the second half cannot run here; None if it can."""
+    if PATCHED:
+        return "this PyTorch is patched: the plug-in steps aside"
+    points: Any = entry_points()  # Python 3.9 has no `group` yet
+    group = points.select(group="torch.backends") if hasattr(points, "select") else points.get("torch.backends", ())
+    if not any(point.value == "torch_uvm._activate:autoload" for point in group):
+        return "torch-uvm's wheel is not installed"
+    return None
+
+
+with_the_plugin = pytest.mark.skipif(installed() is not None, reason=str(installed()))
+
+BACKEND = """
+import torch
+torch.empty(1 << 20, device="cuda")
+print(torch.cuda.get_allocator_backend())
+"""
+
+
+def backend(conf: str, code: str = BACKEND, **variables: str) -> str:
+    """What a process with this configuration prints; fails unless it ends well and is silent otherwise."""
+    ended = run_python(code, environment(conf, require=True, **variables))
+    assert ended.status == 0 and not ended.err, ended.text
+    return ended.out.strip()
+
+
+@pytest.mark.skipif(not PATCHED, reason="about a patched PyTorch")
+def test_the_package_steps_aside() -> None:
+    """In a patched PyTorch, which has chosen its allocator itself."""
+    code = """
+import torch, torch_uvm
+from torch_uvm import _activate, _library
+setters = {name: getattr(torch._C, name, None) for name in _activate.SETTERS}
+_activate.autoload()
+print(torch_uvm.activate(), isinstance(_library.running(), _library.Plugin))
+assert setters == {name: getattr(torch._C, name, None) for name in _activate.SETTERS}
+"""
+    path = {"PYTHONPATH": str(PACKAGE.parent)}
+    assert backend(UVM, code, **path) == "True False"
+    assert backend("use_uvm:False", code, **path) == "False False"
+
+
+@with_the_plugin
+def test_the_variable_alone() -> None:
+    """Nothing but the environment."""
+    assert backend(UVM) == "uvm"
+    assert backend("") == "native"
+
+
+CHILDREN = """
+import multiprocessing, os, subprocess, sys
+import torch
+
+def used(queue=None):
+    backend = torch.cuda.get_allocator_backend()
+    torch.empty(1 << 20, dtype=torch.uint8, device="cuda").copy_(torch.ones(1 << 20, dtype=torch.uint8))
+    if queue is not None:
+        queue.put(backend)
+    return backend
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return torch.tensor([float(torch.cuda.get_allocator_backend() == sys.argv[1]), index])
+
+def main():
+    program = "import torch; torch.empty(1, device='cuda'); print(torch.cuda.get_allocator_backend())"
+    print("subprocess", subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip())
+    for method in ("spawn", "fork"):
+        context = multiprocessing.get_context(method)
+        queue = context.Queue()
+        process = context.Process(target=used, args=(queue,))
+        process.start()
+        print(method, queue.get(timeout=100))
+        process.join()
+        rows = torch.utils.data.DataLoader(Rows(), batch_size=2, num_workers=2, multiprocessing_context=method)
+        print("workers", method, torch.cat(list(rows)).tolist() == [[1.0, i] for i in range(4)])
+    print("itself", used())
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@with_the_plugin
+@pytest.mark.parametrize(("conf", "expected"), [(UVM, "uvm"), ("use_uvm:False", "native"), ("", "native")])
+def test_processes_that_are_started(conf: str, expected: str, tmp_path: Path) -> None:
+    """Programs, spawned and forked processes, and a DataLoader's workers have the allocator of their parent."""
+    program = tmp_path / "children.py"
+    program.write_text(CHILDREN)
+    done = subprocess.run(
+        [sys.executable, str(program), expected],
+        env=environment(conf, require=True),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    assert done.returncode == 0 and said == {
+        "subprocess": expected,
+        "spawn": expected,
+        "workers spawn": "True",
+        "fork": expected,
+        "workers fork": "True",
+        "itself": expected,
+    }, Finished(done.returncode, done.stdout, done.stderr).text
+
+
+KEEPS = """
+import ctypes, json, os
+before = {name: os.environ.get(name) for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")}
+import torch
+getenv = ctypes.CDLL(None).getenv
+getenv.restype = ctypes.c_char_p
+def now():
+    in_c = {name: getenv(name.encode()) for name in before}
+    return [{name: os.environ.get(name) for name in before}, {k: v and v.decode() for k, v in in_c.items()}]
+after = now()
+torch.empty(1, device="cuda")
+used = now()
+print(json.dumps(after == used == [before, before]))
+"""
+
+
+@with_the_plugin
+@pytest.mark.parametrize(
+    ("conf", "general"),
+    [(UVM, ""), ("", UVM), ("max_split_size_mb:64", UVM), (UVM, "max_split_size_mb:64"), ("use_uvm:False", "")],
+)
+def test_the_environment_is_left_as_it_is(conf: str, general: str) -> None:
+    """For Python and for C, after the import and after the first use."""
+    assert backend(conf, KEEPS, **({"PYTORCH_ALLOC_CONF": general} if general else {})) == "true"
+
+
+OWN_SETTINGS = """
+import torch
+torch.empty(1 << 20, device="cuda")
+settings = torch.cuda.memory._snapshot()["allocator_settings"]
+print(torch.cuda.get_allocator_backend(), settings["max_split_size"], settings["garbage_collection_threshold"])
+"""
+
+
+@with_the_plugin
+def test_pytorchs_own_keys_keep_working() -> None:
+    """In the same string as ours, before and after them, with `use_uvm` on and off, and in the other variable."""
+    for conf, expected in (
+        ("max_split_size_mb:64,use_uvm:True,garbage_collection_threshold:0.5", "uvm 67108864 0.5"),
+        ("use_uvm:True, max_split_size_mb : 64,garbage_collection_threshold:0.5,uvm_prefetch:True", "uvm 67108864 0.5"),
+        ("use_uvm:False,max_split_size_mb:64,garbage_collection_threshold:0.5", "native 67108864 0.5"),
+    ):
+        assert backend(conf, OWN_SETTINGS) == expected, conf
+    # PyTorch knows PYTORCH_ALLOC_CONF since 2.9; where ours is all that the other variable holds, it is read.
+    if _library.parse_version(torch.__version__)[0] >= 209:
+        general = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64,garbage_collection_threshold:0.5"}
+        assert backend("use_uvm:True", OWN_SETTINGS, **general) == "uvm 67108864 0.5"
+
+
+@with_the_plugin
+@pytest.mark.parametrize("conf", ["use_uvm:True,no_such_key:1", "use_uvm:False,no_such_key:1"])
+def test_an_unknown_key_of_pytorchs(conf: str) -> None:
+    """PyTorch's own error, which does not speak of our keys; `import torch` works."""
+    code = """
+import torch
+print("imported")
+for _ in range(2):
+    try:
+        torch.empty(1, device="cuda")
+    except (RuntimeError, ValueError) as error:
+        print(str(error).splitlines()[0])
+"""
+    lines = backend(conf, code).splitlines()
+    assert len(lines) == 3 and lines[0] == "imported", lines
+    for line in lines[1:]:
+        assert "nrecognized" in line and "no_such_key" in line and "use_uvm" not in line, lines
+
+
+AUTOLOAD_OFF = """
+import torch
+import torch_uvm
+assert not torch_uvm.is_enabled()
+assert torch_uvm.activate() and torch_uvm.activate() and torch_uvm.is_enabled()
+torch.empty(1, device="cuda")
+print(torch.cuda.get_allocator_backend())
+"""
+
+
+@with_the_plugin
+def test_activation_by_hand() -> None:
+    """Where PyTorch does not load backends by itself; with nothing asked for, it does nothing."""
+    assert backend(UVM, AUTOLOAD_OFF, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == "uvm"
+    code = "import torch_uvm; print(torch_uvm.activate(), torch_uvm.is_enabled())"
+    assert backend("", code, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == "False False"
+    assert backend("use_uvm:False", code, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == "False False"
+
+
+@with_the_plugin
+def test_activation_that_comes_too_late() -> None:
+    """CUDA is in use: the error says so, and PyTorch's allocator goes on."""
+    code = """
+import os, torch, torch_uvm
+kept = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "use_uvm:True"
+for _ in range(2):
+    try:
+        torch_uvm.activate()
+    except RuntimeError as error:
+        assert "too late" in str(error) and "before" in str(error), error
+    else:
+        raise AssertionError("activated under PyTorch's feet")
+kept.copy_(torch.ones(1 << 20, dtype=torch.uint8))
+torch.cuda.memory._set_allocator_settings("max_split_size_mb:64")
+print(torch.cuda.get_allocator_backend(), torch_uvm.is_enabled(), kept.cpu().sum().item())
+"""
+    ended = run_python(code, environment("", require=True))
+    assert ended.status == 0 and ended.out.split() == ["native", "False", str(1 << 20)], ended.text
+
+
+RUN_TIME = """
+import warnings
+import torch, torch_uvm
+warnings.simplefilter("ignore")  # PyTorch has moved the function
+torch.empty(1, device="cuda")
+def set_settings(name, value):
+    try:
+        {"memory": torch.cuda.memory._set_allocator_settings, **functions}[name](value)
+    except (RuntimeError, ValueError) as error:
+        return str(error).splitlines()[0]
+names = ("_cuda_cudaCachingAllocator_set_allocator_settings", "_accelerator_setAllocatorSettings")
+functions = {name: getattr(torch._C, name) for name in names if hasattr(torch._C, name)}
+def split_size():
+    return torch.cuda.memory._snapshot()["allocator_settings"]["max_split_size"]
+for mib, name in enumerate(["memory", *functions], 100):
+    assert set_settings(name, f"max_split_size_mb:{mib},uvm_device_limit_mb:{mib}") is None, name
+    assert (split_size(), torch_uvm.config()["uvm_device_limit_mb"]) == (mib << 20, mib), name
+    for wrong, words in (("uvm_prefetch:maybe,max_split_size_mb:64", "True or False"), ("uvm_none:1", "unknown option"),
+                         ("use_uvm:False", "run time"), ("no_such_key:1", "no_such_key")):
+        text = set_settings(name, wrong)
+        assert text and words in text, (name, wrong, text)
+    assert (split_size(), torch_uvm.config()["uvm_device_limit_mb"]) == (mib << 20, mib), "a refused one has an effect"
+print(len(functions))
+"""
+
+
+@with_the_plugin
+def test_settings_while_the_program_runs() -> None:
+    """Through each of PyTorch's functions for it: both halves take effect, or none where one is wrong."""
+    assert int(backend(UVM, RUN_TIME)) >= 1
+
+
+@with_the_plugin
+def test_settings_while_the_program_runs_with_use_uvm_off() -> None:
+    """PyTorch's are applied as ever; ours must be right, and `use_uvm:True` comes too late."""
+    code = """
+import warnings
+import torch
+warnings.simplefilter("ignore")
+torch.empty(1, device="cuda")
+torch.cuda.memory._set_allocator_settings("max_split_size_mb:64,uvm_prefetch:True")
+for wrong, words in (("use_uvm:True", "too late"), ("uvm_prefetch:maybe", "True or False")):
+    try:
+        torch.cuda.memory._set_allocator_settings(wrong)
+    except (RuntimeError, ValueError) as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(wrong)
+print(torch.cuda.memory._snapshot()["allocator_settings"]["max_split_size"])
+"""
+    assert backend("use_uvm:False", code) == str(64 << 20)
+
+
+@with_the_plugin
+def test_the_compilers_tables_hold_the_wrapped_function() -> None:
+    """torch.compile looks PyTorch's functions up by name, this one too."""
+    code = "import torch, torch._dynamo.trace_rules as rules; print(len(rules.get_torch_obj_rule_map()) > 1000)"
+    assert backend(UVM, code) == "True"
