@@ -255,10 +255,10 @@ impl Allocator {
     }
 
     /// Gives cached memory back to CUDA: everything that can be, or only that of one released pool. Waits for frees that wait
-    /// for events.
+    /// for events. Nothing while a CUDA graph is captured or a MemPool is in use.
     ///
     /// # Errors
-    /// [`Error::NotSupported`] while a capture is underway; the driver's.
+    /// The driver's.
     pub fn empty_cache(&self, mempool: MempoolId, context: Option<Context>) -> Result<()> {
         self.devices().iter().try_for_each(|state| settled(state).release_cached(mempool, &context))
     }

@@ -564,10 +564,7 @@ fn set_pool_placement(device: DeviceIndex, pool: ffi::PoolId, placement: &[u8]) 
     with(|allocator| {
         let name = text(placement);
         let pattern = AccessPattern::named(&name).ok_or_else(|| {
-            Error::InvalidArgument(format!(
-                "placement: '{name}' is not allowed: expected {}",
-                AccessPattern::EXPECTED
-            ))
+            Error::InvalidArgument(format!("placement: '{name}' is not allowed: expected {}", AccessPattern::EXPECTED))
         })?;
         allocator.set_pool_placement(device, pool_id(pool), pattern)
     })

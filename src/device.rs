@@ -788,9 +788,10 @@ impl DeviceState {
     /// The live allocation that this address lies inside of.
     fn allocated_around(&self, address: u64) -> Option<BlockId> {
         let inside = |start: u64, bytes: u64| (start..start + bytes).contains(&address);
-        let segment = self.segments.iter().position(|segment| {
-            segment.as_ref().is_some_and(|segment| inside(segment.base.0, segment.populated))
-        })?;
+        let segment = self
+            .segments
+            .iter()
+            .position(|segment| segment.as_ref().is_some_and(|segment| inside(segment.base.0, segment.populated)))?;
         self.blocks_of(SegmentId(segment as u32)).into_iter().find(|&id| {
             let block = &self.blocks[id];
             block.state == BlockState::Allocated && inside(block.address, block.bytes)

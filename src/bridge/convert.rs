@@ -65,10 +65,7 @@ fn stat_array(from: &stats::StatArray) -> ffi::StatArray {
     }
 }
 
-pub(super) fn device_stats(
-    from: &stats::DeviceStats,
-    pools: &[(MempoolId, stats::StatArray)],
-) -> ffi::DeviceStats {
+pub(super) fn device_stats(from: &stats::DeviceStats, pools: &[(MempoolId, stats::StatArray)]) -> ffi::DeviceStats {
     ffi::DeviceStats {
         allocation: stat_array(&from.allocation),
         segment: stat_array(&from.segment),

@@ -51,7 +51,7 @@ pub(super) fn environment() -> ffi::Environment {
         let values: Vec<_> = values.iter().map(|value| value.to_string_lossy()).collect();
         Ok(ffi::Environment {
             has_ours: values.iter().any(|conf| Options::any_in(conf)),
-            wanted: values.iter().filter_map(|conf| Options::wanted(conf)).last().unwrap_or(false),
+            wanted: values.iter().rev().find_map(|conf| Options::wanted(conf)).unwrap_or(false),
             valid: from_environment().is_ok(),
         })
     };

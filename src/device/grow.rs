@@ -12,8 +12,8 @@ use crate::history::{Action, Context};
 use crate::options::AccessPattern;
 use crate::placement;
 use crate::pools::{DEFAULT_POOL, MempoolId, PoolId};
-use crate::stats::StatArray;
 use crate::segments::{Memory, Place, SMALL_STEP, Segment, SegmentId, population_step, range_bytes};
+use crate::stats::StatArray;
 use std::sync::Arc;
 
 /// Requests from here on are refused without asking anyone (c10's limit: one exbibyte).
@@ -464,10 +464,11 @@ impl DeviceState {
     }
 
     /// Gives all wholly free segments back: those of the default pool and of pools that nobody holds, or
-    /// only those of one such pool.
+    /// only those of one such pool. Nothing while a CUDA graph is captured or a MemPool is in use, as `native`: giving
+    /// memory back waits for the device, which no capture survives.
     ///
     /// # Errors
-    /// [`Error::NotSupported`] while a capture is underway; the driver's.
+    /// The driver's.
     pub fn release_cached(&mut self, mempool: MempoolId, context: &Option<Context>) -> Result<()> {
         let freeable: Vec<PoolId> = self
             .pools
@@ -479,10 +480,8 @@ impl DeviceState {
             return Ok(());
         }
         if !self.captures.is_empty() {
-            // Giving memory back waits for the device, which no capture survives.
-            return Err(Error::NotSupported(
-                "cached memory cannot be given back while a CUDA graph is being captured or a MemPool is in use".into(),
-            ));
+            tracing::debug!(device = self.device, "cached memory is kept while a capture or a MemPool is underway");
+            return Ok(());
         }
         let mut first = Ok(());
         if mempool == DEFAULT_POOL {

@@ -4,7 +4,7 @@ use crate::world::{GIB, MIB, World};
 use std::sync::Arc;
 use torch_uvm::driver::DevicePtr;
 use torch_uvm::error::Error;
-use torch_uvm::history::{Action, Context, RecordContext};
+use torch_uvm::history::{Action, Actions, Context, RecordContext, Recording};
 use torch_uvm::options::NativeOptions;
 use torch_uvm::pools::DEFAULT_POOL;
 use torch_uvm_sim::{Config, PointerKind};
@@ -69,7 +69,7 @@ fn neighbours_merge_whatever_the_order_of_frees() {
         world.allocator.free(blocks[index], None).unwrap();
         world.check();
     }
-    let snapshot = world.allocator.snapshot(DEFAULT_POOL).unwrap();
+    let snapshot = world.allocator.snapshot(DEFAULT_POOL, true).unwrap();
     assert_eq!(snapshot.segments.len(), 1);
     assert_eq!(snapshot.segments[0].blocks.len(), 1);
     world.finish();
@@ -196,15 +196,19 @@ fn absurd_sizes_are_out_of_memory_and_cost_nothing() {
     world.finish();
 }
 
+fn recording(level: RecordContext) -> Recording {
+    Recording { enabled: true, capacity: 100, level, clear: true, skip: Actions::default() }
+}
+
 #[test]
 fn history_and_snapshot_tell_what_happened() {
     let world = World::small();
     let stack = || Some(Context(Arc::new("here".to_string())));
-    world.allocator.set_history(true, 100, RecordContext::All, true);
+    world.allocator.set_history(recording(RecordContext::All));
     let ptr = world.allocator.allocate(0, 1000, world.streams[0], stack()).unwrap();
     world.allocator.free(ptr, None).unwrap();
     let kept = world.allocator.allocate(0, 600, world.streams[0], stack()).unwrap();
-    let snapshot = world.allocator.snapshot(DEFAULT_POOL).unwrap();
+    let snapshot = world.allocator.snapshot(DEFAULT_POOL, true).unwrap();
     let actions: Vec<Action> = snapshot.traces[0].iter().map(|entry| entry.action).collect();
     assert_eq!(
         actions,
@@ -216,9 +220,9 @@ fn history_and_snapshot_tell_what_happened() {
     assert_eq!((blocks[0].bytes, blocks[0].requested_bytes, blocks[0].allocated), (1024, 600, true));
     assert!(blocks[0].context.is_some());
     assert_eq!((blocks[1].bytes, blocks[1].active), (2 * MIB - 1024, false));
-    world.allocator.set_history(false, 0, RecordContext::Never, false);
+    world.allocator.set_history(Recording { enabled: false, ..recording(RecordContext::Never) });
     world.allocator.free(kept, None).unwrap();
-    assert!(world.allocator.snapshot(DEFAULT_POOL).unwrap().traces[0].is_empty());
+    assert!(world.allocator.snapshot(DEFAULT_POOL, true).unwrap().traces[0].is_empty());
     world.finish();
 }
 
@@ -226,13 +230,117 @@ fn history_and_snapshot_tell_what_happened() {
 fn segments_keep_their_stack_only_where_the_trace_does() {
     for (level, kept) in [(RecordContext::State, false), (RecordContext::Alloc, true)] {
         let world = World::small();
-        world.allocator.set_history(true, 100, level, true);
+        world.allocator.set_history(recording(level));
         let stack = Some(Context(Arc::new("here".to_string())));
         let ptr = world.allocator.allocate(0, 1000, world.streams[0], stack).unwrap();
-        let snapshot = world.allocator.snapshot(DEFAULT_POOL).unwrap();
+        let snapshot = world.allocator.snapshot(DEFAULT_POOL, true).unwrap();
         assert_eq!(snapshot.segments[0].context.is_some(), kept);
         assert!(snapshot.segments[0].blocks[0].context.is_some());
         world.allocator.free(ptr, None).unwrap();
+        world.finish();
+    }
+}
+
+#[test]
+fn skipped_actions_are_not_recorded_and_snapshots_may_leave_traces_out() {
+    let world = World::small();
+    let skip = Actions::default().with(Action::Alloc).with(Action::SegmentMap);
+    world.allocator.set_history(Recording { skip, ..recording(RecordContext::Never) });
+    world.allocator.free(world.empty(1000, 0).unwrap(), None).unwrap();
+    assert!(world.allocator.snapshot(DEFAULT_POOL, false).unwrap().traces[0].is_empty());
+    let traces = world.allocator.snapshot(DEFAULT_POOL, true).unwrap().traces;
+    let actions: Vec<Action> = traces[0].iter().map(|entry| entry.action).collect();
+    assert_eq!(actions, [Action::FreeRequested, Action::FreeCompleted, Action::Snapshot]);
+    world.finish();
+}
+
+#[test]
+fn the_trace_says_what_the_program_says_of_itself() {
+    let world = World::small();
+    let allocator = &world.allocator;
+    allocator.set_history(recording(RecordContext::Never));
+    allocator.push_compile_context(0, "outer").unwrap();
+    allocator.push_compile_context(0, "inner").unwrap();
+    let a = world.empty(1000, 0).unwrap();
+    allocator.pop_compile_context(0).unwrap();
+    allocator.set_user_metadata(0, "phase one").unwrap();
+    assert_eq!(allocator.user_metadata(0).unwrap().as_deref(), Some("phase one"));
+    let b = world.empty(1000, 0).unwrap();
+    allocator.annotate(b, "the second").unwrap();
+    for _ in 0..3 {
+        allocator.pop_compile_context(0).unwrap(); // one too many is no error
+    }
+    allocator.set_user_metadata(0, "").unwrap();
+    let c = world.empty(1000, 0).unwrap();
+    let traces = allocator.snapshot(DEFAULT_POOL, true).unwrap().traces;
+    let said: Vec<_> = traces[0]
+        .iter()
+        .filter(|entry| matches!(entry.action, Action::Alloc | Action::Annotate))
+        .map(|entry| (entry.address, entry.labels.compile_context.as_deref(), entry.labels.user_metadata.as_deref()))
+        .collect();
+    assert_eq!(
+        said,
+        [
+            (a.0, Some("inner"), None),
+            (b.0, Some("outer"), Some("phase one")),
+            (b.0, Some("outer"), Some("the second")),
+            (c.0, None, None),
+        ]
+    );
+    assert!(matches!(allocator.annotate(DevicePtr(b.0 + 512), "no allocation"), Err(Error::InvalidPointer(_))));
+    for ptr in [a, b, c] {
+        allocator.free(ptr, None).unwrap();
+    }
+    world.finish();
+}
+
+#[test]
+fn the_stack_of_an_allocation_is_found_from_any_address_in_it() {
+    let world = World::small();
+    let stack = Some(Context(Arc::new("here".to_string())));
+    let with = world.allocator.allocate(0, 5000, world.streams[0], stack).unwrap();
+    let without = world.empty(5000, 0).unwrap();
+    let known = |address| world.allocator.context_of(address).is_some();
+    assert!(known(with.0) && known(with.0 + 4999));
+    assert!(!known(without.0) && !known(with.0 - 1) && !known(with.0 + 5120));
+    world.allocator.free(with, None).unwrap();
+    assert!(!known(with.0), "gone");
+    world.allocator.free(without, None).unwrap();
+    world.finish();
+}
+
+#[test]
+fn an_allocation_can_be_had_at_an_address_that_is_free() {
+    for growing in [true, false] {
+        let conf = if growing { "" } else { "uvm_access_pattern:device" };
+        let world = World::new(Config::small_gh200(), conf);
+        let at = |address, bytes| world.allocator.allocate_at(0, address, bytes, world.streams[0], None);
+        let base = world.empty(20 * MIB, 0).unwrap();
+        world.allocator.free(base, None).unwrap();
+        let middle = at(base.0 + 4 * MIB, 2 * MIB).unwrap();
+        assert_eq!(middle.0, base.0 + 4 * MIB);
+        world.check();
+        let start = at(base.0, MIB + 1).unwrap();
+        assert_eq!(start.0, base.0);
+        let after = world.empty(2 * MIB, 0).unwrap();
+        assert_ne!(after, middle, "what was asked for by address is nobody else's");
+        // In a fixed segment the last request gets all of the hole it went to: its rest is not worth a block.
+        assert_eq!(world.allocated(), if growing { 5 * MIB + 512 } else { 6 * MIB });
+        world.check();
+        for (address, bytes) in [
+            (middle.0, 2 * MIB),          // taken
+            (base.0 + 3 * MIB, 2 * MIB),  // reaches into it
+            (base.0 + 10 * MIB + 1, MIB), // not where blocks can begin
+            (base.0 + 19 * MIB, 2 * MIB), // beyond the end
+            (0x1000, 2 * MIB),            // nobody's
+        ] {
+            let refused = at(address, bytes);
+            assert!(matches!(refused, Err(Error::InvalidArgument(_))), "{address:#x}: {refused:?}");
+        }
+        world.check();
+        for ptr in [middle, start, after] {
+            world.allocator.free(ptr, None).unwrap();
+        }
         world.finish();
     }
 }

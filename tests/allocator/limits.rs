@@ -197,14 +197,52 @@ fn device_placement_ends_at_the_device() {
 #[test]
 fn programs_are_told_the_capacity() {
     let world = World::new(Config::small_gh200(), "uvm_oversubscription_ratio:2.0");
-    let (free, total) = world.allocator.memory_info(0).unwrap();
+    let told = || world.allocator.memory_info(0).map(|info| (info.free, info.capacity)).unwrap();
+    let (free, total) = told();
     assert_eq!(total, 4 * GIB);
     assert!(free <= total && free > 3 * GIB);
     let ptr = world.empty(512 * MIB, 0).unwrap();
     world.machine.device_synchronize(0).unwrap();
-    assert_eq!(world.allocator.memory_info(0).unwrap(), (free - 512 * MIB, total), "a difference is the allocation's");
+    assert_eq!(told(), (free - 512 * MIB, total), "a difference is the allocation's");
     assert!(world.allocator.cache_info(0).unwrap() >= free - 512 * MIB);
     free_all(&world, vec![ptr]);
+    world.finish();
+}
+
+#[test]
+fn where_memory_stands_is_told_by_place() {
+    let world = World::new(Config::small_gh200(), "uvm_device_limit_mb:256,uvm_host_reserve_mb:100");
+    let held = [world.empty(200 * MIB, 0).unwrap(), world.empty(300 * MIB, 0).unwrap()];
+    world.allocator.free(world.empty(40 * MIB, 1).unwrap(), None).unwrap();
+    let info = world.allocator.memory_info(0).unwrap();
+    assert_eq!((info.populated.device, info.populated.host, info.populated.unplaced), (240 * MIB, 300 * MIB, 0));
+    assert_eq!((info.allocated, info.reserved), (500 * MIB, 540 * MIB));
+    assert_eq!((info.device_limit, info.host_reserve), (256 * MIB, 100 * MIB));
+    assert_eq!(info.device.total, 2 * GIB);
+    assert!(info.host.available <= info.host.total && info.free + info.reserved <= info.capacity);
+    free_all(&world, held.to_vec());
+    world.finish();
+}
+
+#[test]
+fn a_refusal_before_cuda_is_asked_is_counted_where_that_is_wanted() {
+    for (wanted, counted) in [(false, 0), (true, 1)] {
+        let world = World::new(Config::small_gh200(), "uvm_oversubscription_ratio:0.25");
+        world.allocator.set_native_options(NativeOptions { throw_on_oom: wanted, ..NativeOptions::default() });
+        assert_eq!(out_of_memory(world.empty(GIB, 0)).rejected, wanted);
+        let stats = world.allocator.device_stats(0).unwrap();
+        assert_eq!((stats.num_ooms, stats.num_oom_rejections), (1, counted));
+        world.finish();
+    }
+}
+
+#[test]
+fn large_segments_are_as_large_as_pytorch_is_told() {
+    let world = World::small();
+    world.allocator.set_native_options(NativeOptions { large_segment_size: 64 * MIB, ..NativeOptions::default() });
+    let held = [world.empty(3 * MIB, 0).unwrap(), world.empty(512, 0).unwrap(), world.empty(30 * MIB, 1).unwrap()];
+    assert_eq!(world.reserved(), (64 + 2 + 30) * MIB);
+    free_all(&world, held.to_vec());
     world.finish();
 }
 

@@ -5,8 +5,9 @@ use std::collections::HashSet;
 use torch_uvm::allocator::CustomAllocator;
 use torch_uvm::driver::DevicePtr;
 use torch_uvm::error::Error;
-use torch_uvm::options::NativeOptions;
+use torch_uvm::options::{AccessPattern, NativeOptions};
 use torch_uvm::pools::{DEFAULT_POOL, MempoolId};
+use torch_uvm_sim::PointerKind;
 
 const GRAPH: MempoolId = (0, 7);
 const OTHER: MempoolId = (0, 8);
@@ -28,7 +29,7 @@ fn a_pools_memory_stays_its_own() {
     let other = in_pool(&world, OTHER, &[4096])[0];
     assert!(a != outside && a != other && outside != other);
     assert_eq!(in_pool(&world, GRAPH, &[4096])[0], a, "its own next capture does");
-    assert_eq!(world.allocator.snapshot(GRAPH).unwrap().segments.len(), 1);
+    assert_eq!(world.allocator.snapshot(GRAPH, true).unwrap().segments.len(), 1);
     for ptr in [a, outside, other] {
         world.allocator.free(ptr, None).unwrap();
     }
@@ -61,7 +62,7 @@ fn segments_of_private_pools_are_natives_unless_expandable_ones_are_asked_for() 
         let native = NativeOptions { expandable_segments: expandable, ..NativeOptions::default() };
         world.allocator.set_native_options(native);
         let ptrs = in_pool(&world, GRAPH, &[16, 20 * MIB, 20 * MIB, 20 * MIB]);
-        let snapshot = world.allocator.snapshot(GRAPH).unwrap();
+        let snapshot = world.allocator.snapshot(GRAPH, true).unwrap();
         assert_eq!(snapshot.segments.len(), segments);
         assert!(snapshot.segments.iter().all(|segment| segment.is_expandable == expandable));
         for ptr in ptrs {
@@ -99,7 +100,10 @@ fn pools_are_counted_and_misuse_is_refused() {
     world.begin_pool(GRAPH, 0);
     invalid(world.allocator.begin_allocate_to_pool(0, GRAPH, Box::new(|_| true), None));
     assert_eq!(world.allocator.pool_use_count(0, GRAPH).unwrap(), 2, "a refused begin holds nothing");
-    assert!(matches!(world.allocator.empty_cache(DEFAULT_POOL, None), Err(Error::NotSupported(_))));
+    let cached = world.empty(30 * MIB, 1).unwrap();
+    world.allocator.free(cached, None).unwrap();
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    assert_eq!(world.reserved(), 30 * MIB, "giving memory back waits for the device, which no capture survives");
     world.end_pool(GRAPH);
     world.allocator.release_pool(0, GRAPH).unwrap();
     world.allocator.release_pool(0, GRAPH).unwrap();
@@ -116,13 +120,70 @@ fn a_mempools_own_allocator_makes_and_frees_its_segments() {
     let ptrs: Vec<DevicePtr> = (0..3).map(|_| world.empty(MIB, 0).unwrap()).collect();
     world.end_pool((3, 0));
     assert_eq!(world.hooks.custom.lock().values().copied().collect::<Vec<_>>(), [2 * MIB, 2 * MIB]);
-    assert_eq!(world.allocator.snapshot((3, 0)).unwrap().segments.len(), 2);
+    assert_eq!(world.allocator.snapshot((3, 0), true).unwrap().segments.len(), 2);
     for ptr in ptrs {
         world.allocator.free(ptr, None).unwrap();
     }
     world.allocator.release_pool(0, (3, 0)).unwrap();
     world.allocator.empty_cache((3, 0), None).unwrap();
     assert!(world.hooks.custom.lock().is_empty());
+    assert_eq!(*world.hooks.forgotten.lock(), [(3, 0)], "nobody needs the allocator any more");
+    world.finish();
+}
+
+#[test]
+fn a_pool_may_be_placed_elsewhere_than_the_options_say() {
+    for (pattern, kind, place) in [
+        (AccessPattern::CpuFirst, PointerKind::Managed, (0, 30 * MIB, 0)),
+        (AccessPattern::Balanced, PointerKind::Managed, (0, 0, 30 * MIB)),
+        (AccessPattern::GpuFirst, PointerKind::Managed, (30 * MIB, 0, 0)),
+        (AccessPattern::Device, PointerKind::Device, (30 * MIB, 0, 0)),
+    ] {
+        let world = World::small();
+        world.allocator.ensure_pool(0, GRAPH, None).unwrap();
+        world.allocator.set_pool_placement(0, GRAPH, pattern).unwrap();
+        let ptr = in_pool(&world, GRAPH, &[30 * MIB])[0];
+        let populated = world.allocator.memory_info(0).unwrap().populated;
+        assert_eq!((populated.device, populated.host, populated.unplaced), place, "{pattern:?}");
+        assert_eq!(world.segments()[0].2, kind, "{pattern:?}");
+        assert_eq!(world.allocator.ipc_handle(ptr).is_ok(), pattern == AccessPattern::Device);
+        let default = world.empty(30 * MIB, 0).unwrap();
+        assert_eq!(world.allocator.memory_info(0).unwrap().populated.device, place.0 + 30 * MIB, "the others stay");
+        for ptr in [ptr, default] {
+            world.allocator.free(ptr, None).unwrap();
+        }
+        world.allocator.release_pool(0, GRAPH).unwrap();
+        world.allocator.release_pool(0, GRAPH).unwrap();
+        world.finish();
+    }
+    let world = World::small();
+    for nobodys in [GRAPH, DEFAULT_POOL] {
+        let refused = world.allocator.set_pool_placement(0, nobodys, AccessPattern::CpuFirst);
+        assert!(matches!(refused, Err(Error::InvalidArgument(_))), "{refused:?}");
+    }
+    world.finish();
+}
+
+#[test]
+fn reserved_bytes_are_counted_by_private_pool() {
+    let world = World::small();
+    let of = |id| world.allocator.pool_reserved(0).unwrap().into_iter().find(|pool| pool.0 == id).map(|pool| pool.1);
+    let default = world.empty(30 * MIB, 0).unwrap();
+    let ptrs = in_pool(&world, GRAPH, &[512, 30 * MIB]);
+    let reserved = of(GRAPH).unwrap();
+    assert_eq!(reserved.small_pool.current as u64, 2 * MIB);
+    assert_eq!(reserved.large_pool.current as u64, 30 * MIB);
+    assert_eq!(reserved.aggregate.peak as u64, 32 * MIB);
+    assert_eq!(of(DEFAULT_POOL), None);
+    for ptr in ptrs.into_iter().chain([default]) {
+        world.allocator.free(ptr, None).unwrap();
+    }
+    world.allocator.release_pool(0, GRAPH).unwrap();
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    let gone = of(GRAPH).expect("a pool that is gone is remembered");
+    assert_eq!((gone.aggregate.current, gone.aggregate.peak as u64), (0, 32 * MIB));
+    world.allocator.reset_peak_stats(0).unwrap();
+    assert_eq!(of(GRAPH), None, "until a reset");
     world.finish();
 }
 
@@ -168,7 +229,7 @@ fn a_checkpoint_brings_back_the_same_addresses() {
         world.allocator.free(before[index], None).unwrap();
     }
     let segments = |world: &World| -> Vec<Vec<(u64, u64, bool)>> {
-        let snapshot = world.allocator.snapshot(GRAPH).unwrap();
+        let snapshot = world.allocator.snapshot(GRAPH, true).unwrap();
         let blocks = |s: &torch_uvm::allocator::SegmentInfo| {
             s.blocks.iter().map(|b| (b.bytes, b.requested_bytes, b.allocated)).collect()
         };

@@ -4,7 +4,7 @@ use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use torch_uvm::allocator::{Allocator, CustomAllocator, Hooks};
-use torch_uvm::driver::{DevicePtr, Event, Stream};
+use torch_uvm::driver::{DeviceIndex, DevicePtr, Event, Stream};
 use torch_uvm::error::{Error, Result};
 use torch_uvm::history::TraceEntry;
 use torch_uvm::options::Options;
@@ -91,6 +91,7 @@ impl World {
             machine: machine.clone(),
             custom: Mutex::default(),
             trace: Mutex::default(),
+            forgotten: Mutex::default(),
             callback: Mutex::default(),
         });
         let driver = Arc::new(SimDriver::over(machine.clone()));

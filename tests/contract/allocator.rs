@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use torch_uvm::allocator::{Allocator, CustomAllocator, Hooks};
-use torch_uvm::driver::{CaptureMode, DevicePtr};
+use torch_uvm::driver::{CaptureMode, DeviceIndex, DevicePtr};
 use torch_uvm::error::{Error, Limit};
 use torch_uvm::history::TraceEntry;
 use torch_uvm::options::Options;
-use torch_uvm::pools::DEFAULT_POOL;
+use torch_uvm::pools::{DEFAULT_POOL, MempoolId};
 
 use super::machine::{Capture, DEVICE, MANAGED_BUDGET, Machine, MachineExt};
 
@@ -95,7 +95,8 @@ pub fn the_cap_holds(machine: &dyn Machine) {
         }
     };
     assert_eq!((limit, held.len() as u64), (Limit::Ratio, MANAGED_BUDGET / 2 / (32 * MIB)));
-    let (free, total) = allocator.memory_info(DEVICE).unwrap();
+    let info = allocator.memory_info(DEVICE).unwrap();
+    let (free, total) = (info.free, info.capacity);
     assert!(free < 32 * MIB && total <= MANAGED_BUDGET / 2, "free {free}, total {total}");
     for ptr in held {
         allocator.free(ptr, None).unwrap();
