@@ -59,6 +59,13 @@ class Bench:
         """For `torch.cuda.graph(pool=…)`, outside `allocations()`."""
         return self._prepared.graph_pool
 
+    def reduce_overhead(self, function: Callable) -> Callable:
+        """`function` compiled with CUDA graph trees. The simulated device cannot load what Inductor compiles, so there
+        PyTorch's own kernels are put into the graphs."""
+        if self.simulated:
+            return self.torch.compile(function, backend="cudagraphs", dynamic=False)
+        return self.torch.compile(function, mode="reduce-overhead", dynamic=False)
+
     def sample(self, figure: str, value: float) -> None:
         """One measurement, in the figure's unit."""
         self.figures.setdefault(figure, []).append(value)

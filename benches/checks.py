@@ -23,8 +23,9 @@ class Check:
 
     title: str
     work: Callable[[Bench], None]
-    #: cuDNN or Triton's compiled kernels: neither is on the simulated device.
+    #: Needs cuDNN, which the simulated device lacks.
     real_only: bool = False
+    #: Compiles, and so imports the compiler early.
     compiled: bool = False
     bytes: int = 3 * GIB
 
@@ -44,7 +45,7 @@ class Check:
     def run(self, bench: Bench) -> None:
         """Under deterministic algorithms, seeded."""
         if self.real_only and bench.simulated:
-            raise Skipped("the simulated device lacks what this needs")
+            raise Skipped("the simulated device has no cuDNN")
         torch = bench.torch
         torch.use_deterministic_algorithms(True)
         torch.manual_seed(0)
@@ -149,7 +150,7 @@ def cuda_graph_trees(bench: Bench) -> None:
     from torch._inductor import cudagraph_trees
 
     network = _network(torch)
-    compiled = torch.compile(network, mode="reduce-overhead", dynamic=False)
+    compiled = bench.reduce_overhead(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     inputs = {rows: torch.randn(rows, 256, device="cuda") for rows in (32, 64)}
     losses = []
@@ -389,7 +390,7 @@ def memory_fraction(bench: Bench) -> None:
     bench.check_values(lambda: (second == 5).all(), "memory is wrong after an OutOfMemoryError")
     torch.cuda.set_per_process_memory_fraction(1.0)
     bench.check(not _out_of_memory(torch, 1536 * MIB), "the fraction was lifted and still limits")
-    bench.check("out of memory" in _out_of_memory(torch, 4 * total), "four times the device's memory was handed out")
+    bench.check("out of memory" in _out_of_memory(torch, 2 * total), "twice the device's memory was handed out")
     bench.fact("out of memory errors", torch.cuda.memory_stats()["num_ooms"])
     bench.fact("fraction", torch.cuda.get_per_process_memory_fraction())
 

@@ -31,8 +31,7 @@ from processes import Job, Outcome
 def verdict(outcome: Outcome, base: Optional[Outcome], simulated: bool) -> tuple[str, str]:
     """`ok`, `skipped`, `FAILED` or `DIFFERS`, and why."""
     if outcome.result is None:
-        lines = outcome.error.strip().splitlines()
-        return "FAILED", f"{lines[0]}: {lines[-1]}" if lines else "no output"
+        return "FAILED", report.reason(outcome.error)
     if "skipped" in outcome.result:
         return "skipped", outcome.result["skipped"]
     if base is None or base is outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -140,8 +141,7 @@ def _equality(name: str, usable: list[Run], summary: Summary) -> dict[str, str]:
 def _failures(name: str, mine: list[Run], summary: Summary) -> None:
     for run in mine:
         if run.error:
-            lines = run.error.strip().splitlines()
-            text = f"{name} with {run.backend}: {lines[0]}: {lines[-1]}" if lines else f"{name} with {run.backend}"
+            text = f"{name} with {run.backend}: {reason(run.error)}"
             target = summary.notes if BACKENDS[run.backend].foreign else summary.failures
             if text not in target:
                 target.append(text)
@@ -151,6 +151,13 @@ def _failures(name: str, mine: list[Run], summary: Summary) -> None:
                 text = f"{name} with {run.backend}: {note}"
                 if text not in summary.notes:
                     summary.notes.append(text)
+
+
+def reason(error: str) -> str:
+    """The two lines of a failed process that say most: how it ended, and the last error that it names."""
+    lines = error.strip().splitlines()
+    named = [line for line in lines[1:] if re.match(r"[\w.]*(Error|Failed|Exception|Interrupt)\b", line)]
+    return ": ".join([*lines[:1], *(named or lines[1:])[-1:]])
 
 
 def number(value: float) -> str:

@@ -98,7 +98,7 @@ def look_at_machine(chosen: list[str], named: bool) -> tuple[dict[str, Any], lis
             raise SystemExit(f"PyTorch cannot use the GPU here: {error}")
         if named:
             raise SystemExit(f"--backends: {name} is not there: {error}")
-        missing.append(f"{BACKENDS[name].title} is left out: {error.splitlines()[-1]}")
+        missing.append(f"{BACKENDS[name].title} is left out: {report.reason(error)}")
     return machine, [name for name in chosen if name in there], missing
 
 
@@ -151,7 +151,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
         parser.error("--repeats: must be at least 1")
     simulated = simulated_device()
 
-    machine, chosen, notes = look_at_machine(chosen, named=options.backends is not None)
+    machine, chosen, missing = look_at_machine(chosen, named=options.backends is not None)
+    notes = list(missing)
     when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     where = report.machine_line(machine, when) + (" (simulated: the figures mean nothing)" if simulated else "")
     print(where, file=sys.stderr, flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Callable
+
 from bench import Bench, Figure
 from limits import GIB
 
@@ -49,7 +51,7 @@ def run(bench: Bench) -> None:
     def loss_of(x: torch.Tensor) -> torch.Tensor:
         return through(x).float().square().mean()
 
-    infer, compute_loss = (torch.compile(function, mode="reduce-overhead") for function in (through, loss_of))
+    infer, compute_loss = bench.reduce_overhead(through), bench.reduce_overhead(loss_of)
 
     def forward() -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -63,7 +65,7 @@ def run(bench: Bench) -> None:
         loss.backward()
         return loss
 
-    def several(work, count: int) -> None:
+    def several(work: Callable[[], Any], count: int) -> None:
         for _ in range(count):
             work()
 
