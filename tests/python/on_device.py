@@ -14,7 +14,8 @@ the simulated machine, are read from the environment when CUDA is first used: th
 (test_backend.py and test_bad_input.py start whole processes too.)
 
 `--backend native` runs the tests with PyTorch's own allocator, without those that are about `uvm_…` options
-(`uvm_only=True`): that is how the tests themselves are tested.
+(`uvm_only=True`, and `about_uvm` for those that start processes themselves): that is how the tests are tested, and the
+simulated device, with whatever PyTorch is installed.
 """
 
 from __future__ import annotations
@@ -92,6 +93,20 @@ def on_device(
     return decorate
 
 
+def about_uvm(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that starts processes itself, and is about the uvm allocator only."""
+
+    @functools.wraps(test)
+    def only_with_uvm(*arguments: Any, **named: Any) -> None:
+        import pytest
+
+        if backend != "uvm":
+            pytest.skip("about the uvm allocator only")
+        test(*arguments, **named)
+
+    return only_with_uvm
+
+
 def _carry_out(request: dict[str, Any]) -> None:
     """In the fork: loads the test's file and runs its body."""
     import torch
@@ -104,7 +119,7 @@ def _carry_out(request: dict[str, Any]) -> None:
     found = torch.cuda.get_allocator_backend()
     if found != request["backend"]:
         raise RuntimeError(
-            f"the allocator backend is {found!r}, not {request['backend']!r}: is this the patched wheel?"
+            f"the allocator backend is {found!r}, not {request['backend']!r}: is this the patched wheel, or is torch-uvm installed?"
         )
     if request["init"]:
         torch.cuda.init()  # without it, there are no statistics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import simulated
 import torch
-from on_device import on_device
+from on_device import about_uvm, for_backend, on_device
 from simulated import UVM, environment, run_python
 
 REPORT = """
@@ -27,12 +27,13 @@ def test_the_backend_is_named_uvm() -> None:
 def test_without_the_option_nothing_changes() -> None:
     """The off switch: no variable, and `use_uvm:False`, give PyTorch's native allocator with its 20 MiB segments."""
     for conf in ("", "use_uvm:False", "max_split_size_mb:64"):
-        ended = run_python(REPORT, environment(conf, require=True))
+        ended = run_python(REPORT, environment(for_backend(conf), require=True))
         assert ended.status == 0, ended.text
         assert ended.out.split() == ["backend", "native", str(20 << 20)], ended.text
         assert not ended.err, ended.text
 
 
+@about_uvm
 def test_use_uvm_chooses_the_backend() -> None:
     """The variable alone suffices; other keys may stand beside it, with spaces."""
     for conf in ("use_uvm:True", UVM, "max_split_size_mb:64, use_uvm : True, uvm_prefetch:False"):
@@ -42,8 +43,9 @@ def test_use_uvm_chooses_the_backend() -> None:
         assert not ended.err, ended.text
 
 
+@about_uvm
 def test_the_variable_for_all_accelerators() -> None:
-    """PYTORCH_ALLOC_CONF, which PyTorch 2.6 itself does not read yet; where both speak, the CUDA variable wins."""
+    """PYTORCH_ALLOC_CONF, which PyTorch itself reads from 2.9 on only; where both speak, the CUDA variable wins."""
     for general, cuda, expected in (
         ("use_uvm:True", "", "uvm"),
         ("use_uvm:True,uvm_prefetch:False", "max_split_size_mb:64", "uvm"),
@@ -62,6 +64,7 @@ def test_the_other_backend_still_works() -> None:
     assert ended.status == 0 and "cudaMallocAsync" in ended.out, ended.text
 
 
+@about_uvm
 def test_the_demonstration() -> None:
     """The program of `cargo xtask demo` ends well, with everything it promises to show."""
     source = f"import runpy, sys; sys.argv = ['demo.py']; runpy.run_path({str(DEMO)!r}, run_name='__main__')"
