@@ -133,7 +133,11 @@ def _carry_out(request: dict[str, Any]) -> None:
 def _main() -> None:
     """The nursery."""
     import pytest  # noqa: F401  (the test files import it)
+    import versions
     import torch  # noqa: F401
+
+    if versions.SNAPSHOTS_IMPORT_DYNAMO:
+        import torch._dynamo  # noqa: F401  (seconds, once rather than in every test with a snapshot)
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         ended = in_fork(lambda: _carry_out(request), request["timeout"])

@@ -16,6 +16,9 @@ MEMPOOL_TELLS_ITS_ALLOCATOR = hasattr(torch.cuda.MemPool, "allocator")
 #: nobody wrote, and leaves CUDA's error to the next call, whatever that is.
 UNBEGUN_CAPTURE_ENDS_WELL = PYTORCH < (2, 15)
 
+#: Reading a snapshot imports `torch._dynamo`.
+SNAPSHOTS_IMPORT_DYNAMO = PYTORCH >= (2, 9)
+
 
 def unknown_key(key: str) -> str:
     """What PyTorch's error says about a key of the configuration that it does not know."""
