@@ -155,7 +155,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     notes = list(missing)
     when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     where = report.machine_line(machine, when) + (" (simulated: the figures mean nothing)" if simulated else "")
-    print(where, file=sys.stderr, flush=True)
+    print("\n".join([where, *missing]), file=sys.stderr, flush=True)
 
     folder = options.out.resolve().parent
     folder.mkdir(parents=True, exist_ok=True)
