@@ -54,7 +54,9 @@ MOST_EXCEPTIONS = 10
 #: No exception may be about what an allocator is there for.
 NEVER_EXCEPTED = re.compile(r"graph|pool|stream|stat|snapshot", re.IGNORECASE)
 #: Tests that compile an extension may take this long, in seconds, and are started first.
-COMPILING = {"test_cpp_memory_snapshot_pickle": 400.0, "test_mempool_with_allocator": 400.0}
+COMPILING_TIMEOUT = 400.0
+#: What such a test says.
+COMPILES = re.compile(r"load_inline|get_dummy_allocator")
 #: Seconds in which a nursery must be ready, or have listed its tests.
 START_TIMEOUT = 180.0
 
@@ -141,14 +143,14 @@ def check_gpu_is_free(patience: float) -> dict[str, Any]:
         time.sleep(1)
 
 
-#: What a test does that wants the GPU's memory to itself, or measures something that others disturb.
+#: What a test says that wants the GPU's memory to itself, or measures something that others disturb.
 WANTS_GPU_ALONE = re.compile(
     r"serialTest|largeTensorTest|total_memory|mem_get_info|memory_fraction|device_memory_used|elapsed_time|perf_counter"
 )
 
 
-def tests_to_run_alone(source: str) -> set[str]:
-    """The methods, by name, that are to be run while nothing else uses the GPU."""
+def tests_that_say(pattern: re.Pattern[str], source: str) -> set[str]:
+    """The test methods, by name, whose text (decorators included) holds the pattern."""
     methods = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     lines = source.splitlines()
 
@@ -156,8 +158,7 @@ def tests_to_run_alone(source: str) -> set[str]:
         first = min([method.lineno, *(decorator.lineno for decorator in method.decorator_list)])
         return "\n".join(lines[first - 1 : method.end_lineno])
 
-    tests = [method for method in methods if method.name.startswith("test")]
-    return {test.name for test in tests if WANTS_GPU_ALONE.search(text(test))}
+    return {method.name for method in methods if method.name.startswith("test") and pattern.search(text(method))}
 
 
 def is_among(name: str, methods: set[str]) -> bool:
@@ -211,6 +212,7 @@ class Nurseries:
         self._log = log
         self._idle: dict[tuple[str, int], list[Client]] = collections.defaultdict(list)
         self._lock = threading.Lock()
+        self._started = 0
 
     def take(self, backend: str, jobs: int) -> Client:
         """One for a test of this backend that runs beside `jobs - 1` others. To be given back."""
@@ -244,10 +246,11 @@ class Nurseries:
         command = [sys.executable, str(HERE / "pytorch_nursery.py"), str(arguments.source / suite.file)]
         command += ["--backend", backend, "--timeout", str(START_TIMEOUT)]
         command += [argument for name in suite.ahead for argument in ("--import", name)]
-        # Tests that compile an extension remove it afterwards, so each backend has its own.
+        self._started += 1
         variables = {
             **suite.variables,
-            "TORCH_EXTENSIONS_DIR": str(WORK / "torch-extensions" / backend),
+            # Tests compile different extensions under one name.
+            "TORCH_EXTENSIONS_DIR": str(WORK / "torch-extensions" / f"{backend}-{self._started}"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
         }
         if arguments.gpu:
@@ -293,6 +296,8 @@ class Run:
 
     def __init__(self, arguments: argparse.Namespace, log: TextIO) -> None:
         self.nurseries = Nurseries(arguments, log)
+        self.source = (arguments.source / SUITES[arguments.suite].file).read_text()
+        self._compiling = tests_that_say(COMPILES, self.source)
         self._arguments = arguments
         self._log = log
         self._started = time.monotonic()
@@ -309,7 +314,7 @@ class Run:
         for work in works:
             # From the start, so that who looks on sees what has not been run.
             answers[work.backend].update((name, NOT_RUN) for name in work.tests)
-            queue = collections.deque(sorted(work.tests, key=lambda name: name.rpartition(".")[2] not in COMPILING))
+            queue = collections.deque(sorted(work.tests, key=lambda name: not is_among(name, self._compiling)))
             for _ in range(min(work.jobs, len(work.tests))):
                 parameters = (work, queue, answers[work.backend], until, failures)
                 threads.append(threading.Thread(target=self._run_queue, args=parameters))
@@ -330,7 +335,7 @@ class Run:
                     name = queue.popleft()
                 except IndexError:
                     break
-                allowed = COMPILING.get(name.rpartition(".")[2], self._arguments.timeout)
+                allowed = COMPILING_TIMEOUT if is_among(name, self._compiling) else self._arguments.timeout
                 left = until - time.monotonic()
                 answer = client.ask([name, min(allowed, left)])
                 if answer["late"] and left < allowed:
@@ -364,7 +369,8 @@ def run_on_gpu(run: Run, names: list[str], outcomes: dict[str, Answers], argumen
 
     A test that found too little memory beside others is run once more alone.
     """
-    alone = tests_to_run_alone((arguments.source / SUITES[arguments.suite].file).read_text())
+    # Those that compile an extension would hold up all others for long, and use little memory.
+    alone = tests_that_say(WANTS_GPU_ALONE, run.source) - tests_that_say(COMPILES, run.source)
     parts = {"native": (0.33, 0.45), "uvm": (0.78, 0.92)} if len(outcomes) == 2 else {list(outcomes)[0]: (0.8, 0.95)}
     for backend, (first_part, second_part) in parts.items():
         for other in outcomes:
