@@ -147,7 +147,8 @@ def prepare(torch: Any, backend: Backend, need: int) -> Prepared:
     found = torch.cuda.get_allocator_backend()
     if found != backend.reported:
         raise RuntimeError(
-            f"the allocator backend is {found!r}, not {backend.reported!r}: is torch-uvm (or a patched PyTorch) installed?"
+            f"the allocator backend is {found!r}, not {backend.reported!r}: "
+            "is torch-uvm (or a patched PyTorch) installed?"
         )
     if backend.name == "mempool":
         allocator, library = managed_allocator(torch, need)

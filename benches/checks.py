@@ -1,7 +1,7 @@
-"""Feature checks: PyTorch's features on a real GPU, each in a process per allocator, with the same seed.
+"""Feature checks: PyTorch's features, each in a process per allocator, with the same seed.
 
-A check fails by itself where a feature misbehaves, and it records digests (bit patterns of results) and facts (numbers of
-the allocator that must not depend on which allocator it is); correctness.py compares both with those of `native`.
+A check fails by itself where a feature misbehaves, and it records digests (bit patterns of results) and facts (numbers
+of the allocator that must not depend on which allocator it is); correctness.py compares both with those of `native`.
 Everything is small: what is checked is that a feature works, not how fast.
 """
 
@@ -203,7 +203,7 @@ def mem_pool(bench: Bench) -> None:
 
 @check("snapshot in PyTorch's memory visualiser")
 def snapshot(bench: Bench) -> None:
-    """A recorded history, pickled and opened again, through every function of torch.cuda._memory_viz that draws or lists."""
+    """A recorded history, pickled and opened again, through what draws and lists in torch.cuda._memory_viz."""
     torch = bench.torch
     from torch.cuda import _memory_viz
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """PyTorch's features under `uvm` against `native`: same seed, same results, bit for bit.
 
-    python benches/correctness.py [--checks cuda_graphs,…] [--backends native,uvm] [--out FILE.json] [--markdown FILE.md]
+    python benches/correctness.py [--checks cuda_graphs,…] [--backends native,uvm] [--out FILE.json]
+                                  [--markdown FILE.md]
 
-Each check runs in a process per backend (checks.py says what each does); digests of results and the allocator's own numbers
-are compared with native's. The exit status is 1 if anything differs or fails. On the simulated device (TORCH_UVM_SIM_LIB)
-kernels do nothing: everything runs, numbers of the allocator are compared, results are not.
+Each check runs in a process per backend (checks.py says what each does); digests of results and the allocator's own
+numbers are compared with native's. The exit status is 1 if anything differs or fails. On the simulated device
+(TORCH_UVM_SIM_LIB) kernels do nothing: everything runs, numbers of the allocator are compared, results are not.
 """
 
 from __future__ import annotations
@@ -50,9 +51,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checks", default=",".join(checks.CHECKS), help="which, by commas (default all)")
     parser.add_argument("--backends", default="native,uvm", help="which, by commas (default native,uvm)")
-    parser.add_argument(
-        "--out", type=Path, default=run.ROOT / "target" / "bench" / "correctness.json", help="where the results go"
-    )
+    parser.add_argument("--out", type=Path, default=run.WORK / "correctness.json", help="where the results go")
     parser.add_argument("--markdown", type=Path, help="where the table goes as Markdown")
     parser.add_argument(
         "--ahead", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="processes that import PyTorch meanwhile"
@@ -69,9 +68,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
     when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     where = report.machine_line(machine, when) + (" (simulated)" if simulated else "")
     print(where, file=sys.stderr, flush=True)
-    folder = options.out.resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    environments = {name: run.worker_environment(BACKENDS[name], {}, folder) for name in chosen}
+    options.out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    environments = {name: run.worker_environment(BACKENDS[name], {}) for name in chosen}
 
     jobs = [Job("check", name, backend, environments[backend]) for name in of for backend in chosen]
     outcomes: dict[str, dict[str, Outcome]] = {}

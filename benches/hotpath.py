@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""The allocator's hot path: allocate and free in loops written in C++ (hotpath.cpp), compiled against the installed torch.
+"""The allocator's hot path: allocate and free in loops written in C++ (hotpath.cpp).
 
-Run by `cargo xtask bench hotpath`, or by hand with the Python of an environment where `uvm` is there:
+They are compiled against the installed torch. Run by `cargo xtask bench hotpath`, or by hand with the Python of an
+environment where `uvm` is there:
 
     TORCH_UVM_SIM_LIB=DIR python benches/hotpath.py [--repeats 5] [--out target/bench/hotpath.json]
 
@@ -28,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 KIB, MIB = 1 << 10, 1 << 20
 #: Names the compiled loops to the worker.
 LIBRARY = "TORCH_UVM_BENCH_HOTPATH"
@@ -136,7 +136,7 @@ def main() -> None:
     """What the module's first lines say."""
     import run
 
-    out = ROOT / "target" / "bench" / "hotpath.json"
+    out = run.WORK / "hotpath.json"
     sys.exit(run.main(["--workloads", "hotpath", "--backends", "native,uvm", "--out", str(out), *sys.argv[1:]]))
 
 

@@ -1,5 +1,5 @@
-// An allocator for torch.cuda.MemPool that does what a user without torch-uvm would write: cudaMallocManaged and cudaFree,
-// no advice, no prefetch. What the `mempool` row of the benches stands for.
+// An allocator for torch.cuda.MemPool that does what a user without torch-uvm would write: cudaMallocManaged and
+// cudaFree, no advice, no prefetch. What the `mempool` row of the benches stands for.
 //
 // The CUDA runtime's functions are handed in as pointers, so that this compiles without CUDA's headers and always calls
 // the runtime that PyTorch has loaded.
@@ -48,7 +48,11 @@ class RelaxedCapture {
 } // namespace
 
 // To be called first. `bytes` is the most that may be live: above it allocations fail, as on a full device.
-MANAGED_EXPORT void managed_setup(MallocManaged allocate, Free release, ExchangeCaptureMode exchange, std::size_t bytes) {
+MANAGED_EXPORT void managed_setup(
+    MallocManaged allocate,
+    Free release,
+    ExchangeCaptureMode exchange,
+    std::size_t bytes) {
   malloc_managed = allocate;
   free_memory = release;
   exchange_capture_mode = exchange;

@@ -124,7 +124,9 @@ def _equality(name: str, usable: list[Run], summary: Summary) -> dict[str, str]:
             other = [
                 backend for backend, values in by_backend.items() if BASE in by_backend and values != by_backend[BASE]
             ]
-            if unstable:
+            if BASE not in by_backend:
+                verdict = f"nothing of {BASE}'s to compare with: {', '.join(by_backend)}"
+            elif unstable:
                 verdict = f"differs from process to process with {', '.join(unstable)}"
             elif other:
                 verdict = f"differs from {BASE} with {', '.join(other)}"
@@ -133,7 +135,8 @@ def _equality(name: str, usable: list[Run], summary: Summary) -> dict[str, str]:
             verdicts[key] = verdict
             wrong = [backend for backend in unstable or other if not BACKENDS[backend].foreign]
             if wrong:
-                detail = "" if kind == "digests" else f": {({k: sorted(v) for k, v in by_backend.items()})}"
+                values = {backend: sorted(each) for backend, each in by_backend.items()}
+                detail = "" if kind == "digests" else f": {values}"
                 summary.failures.append(f"{name}: {key} {verdict}{detail}")
     return verdicts
 

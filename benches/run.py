@@ -5,12 +5,12 @@
                           [--out FILE.json] [--markdown FILE.md] [--quick]
 
 The backends take turns within a round, in another order each round; a table shows medians, the spread and the ratio to
-`native`. Nothing is judged by its time. The exit status is 1 if a process of ours failed or if a result is not bit for bit
-that of `native` with the same seed, 2 if the command is wrong.
+`native`. Nothing is judged by its time. The exit status is 1 if a process of ours failed or if a result is not bit for
+bit that of `native` with the same seed, 2 if the command is wrong.
 
-It runs on the machine's GPU, or on the simulated device where TORCH_UVM_SIM_LIB is set (kernels do nothing there, so the
-figures mean nothing; `--quick` shows that everything runs). On a GPU no process takes more than a quarter of what the card
-has free, and none more than 16 GiB; see limits.py.
+It runs on the machine's GPU, or on the simulated device where TORCH_UVM_SIM_LIB is set (kernels do nothing there, so
+the figures mean nothing; `--quick` shows that everything runs). On a GPU no process takes more than a quarter of what
+the card has free, and none more than 16 GiB; see limits.py.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from processes import Job
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+#: What is compiled, and the compilers' caches: kept between runs.
+WORK = ROOT / "target" / "bench"
 
 
 def names(parser: argparse.ArgumentParser, option: str, text: str, allowed: dict[str, Any]) -> list[str]:
@@ -55,16 +57,16 @@ def simulated_device() -> bool:
         raise SystemExit(str(error)) from None
 
 
-def worker_environment(backend: Backend, libraries: dict[str, str], caches: Path) -> dict[str, str]:
-    """The environment of every worker of `backend`."""
+def worker_environment(backend: Backend, libraries: dict[str, str]) -> dict[str, str]:
+    """The environment of every worker of `backend`; `libraries` are variables that name what was compiled for it."""
     return backends.environment(
         backend,
         # Deterministic matrix products need a workspace of fixed size; all backends get the same.
         CUBLAS_WORKSPACE_CONFIG=":4096:8",
         # What was compiled for one backend serves all; one thread, since there is little to compile.
-        TORCHINDUCTOR_CACHE_DIR=str(caches / "inductor"),
+        TORCHINDUCTOR_CACHE_DIR=str(WORK / "inductor"),
         TORCHINDUCTOR_COMPILE_THREADS="1",
-        TRITON_CACHE_DIR=str(caches / "triton"),
+        TRITON_CACHE_DIR=str(WORK / "triton"),
         **libraries,
     )
 
@@ -131,16 +133,18 @@ def main(arguments: Optional[list[str]] = None) -> int:
     """Measures, prints, writes; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", default=",".join(workloads.WORKLOADS), help="which, by commas (default all)")
-    parser.add_argument("--backends", help=f"which, by commas (default those of {','.join(backends.DEFAULT)} that are there)")
+    parser.add_argument(
+        "--backends", help=f"which, by commas (default those of {','.join(backends.DEFAULT)} that are there)"
+    )
     parser.add_argument("--repeats", type=int, help="rounds (default 5; 1 with --quick)")
     parser.add_argument("--minutes", type=float, help="begin no round that would probably end later than this")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "target" / "bench" / "benches.json", help="where the figures go"
-    )
+    parser.add_argument("--out", type=Path, default=WORK / "benches.json", help="where the figures go")
     parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
     parser.add_argument("--cxx", default=os.environ.get("CXX", "g++"), help="the C++ compiler")
-    parser.add_argument("--cuda-include", action="append", default=[], metavar="DIR", help="CUDA's headers (repeatable)")
+    parser.add_argument(
+        "--cuda-include", action="append", default=[], metavar="DIR", help="CUDA's headers (repeatable)"
+    )
     options = parser.parse_args(arguments)
     began = time.monotonic()
     of = names(parser, "--workloads", options.workloads, workloads.WORKLOADS)
@@ -157,17 +161,17 @@ def main(arguments: Optional[list[str]] = None) -> int:
     where = report.machine_line(machine, when) + (" (simulated: the figures mean nothing)" if simulated else "")
     print("\n".join([where, *missing]), file=sys.stderr, flush=True)
 
-    folder = options.out.resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
+    for folder in (WORK, options.out.resolve().parent):
+        folder.mkdir(parents=True, exist_ok=True)
     libraries = {}
     try:
         if "mempool" in chosen:
-            libraries[backends.MANAGED_LIBRARY] = str(backends.compile_managed(folder, options.cxx))
+            libraries[backends.MANAGED_LIBRARY] = str(backends.compile_managed(WORK, options.cxx))
         if "hotpath" in of:
-            libraries[hotpath.LIBRARY] = str(hotpath.compile_loops(folder, options.cxx, options.cuda_include))
+            libraries[hotpath.LIBRARY] = str(hotpath.compile_loops(WORK, options.cxx, options.cuda_include))
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
-    environments = {name: worker_environment(BACKENDS[name], libraries, folder) for name in chosen}
+    environments = {name: worker_environment(BACKENDS[name], libraries) for name in chosen}
 
     runs: list[report.Run] = []
     failures: list[str] = []
@@ -184,7 +188,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
     for number in range(repeats):
         started = time.monotonic()
         if options.minutes is not None and number and started + longest - began > options.minutes * 60:
-            notes.append(f"{number} rounds of {repeats}: another would not have ended within {options.minutes:g} minutes")
+            limit = f"{options.minutes:g} minutes"
+            notes.append(f"{number} rounds of {repeats}: another would not have ended within {limit}")
             break
         for outcome in processes.in_turn(round_of(number, chosen, of, options.quick, environments)):
             runs.append(to_run(number, outcome))
@@ -225,7 +230,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
     if options.markdown:
         parts = [where + "."]
         parts += [f"{title}:\n\n{report.as_markdown(rows)}" for title, rows in found]
-        parts.append("\n".join([*(f"- {note}" for note in notes), *(f"- **failed**: {failure}" for failure in failures)]))
+        lines = [*(f"- {note}" for note in notes), *(f"- **failed**: {failure}" for failure in failures)]
+        parts.append("\n".join(lines))
         options.markdown.write_text("\n\n".join(part for part in parts if part) + "\n")
     print(f"written to {options.out}")
     return 1 if failures else 0
