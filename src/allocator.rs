@@ -11,8 +11,9 @@ use crate::history::{Context, Recording, TraceEntry};
 use crate::options::{AccessPattern, NativeOptions, Options};
 use crate::pools::MempoolId;
 use crate::stats::{DeviceStats, StatArray};
+use crate::thread_cache;
 use parking_lot::{Mutex, MutexGuard};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// Whether allocations on a stream belong to a pool at this moment.
@@ -52,6 +53,8 @@ fn settled(state: &Mutex<DeviceState>) -> MutexGuard<'_, DeviceState> {
 
 /// One object a process.
 pub struct Allocator {
+    /// As the threads' caches know it.
+    id: u64,
     driver: Arc<dyn Driver>,
     hooks: Arc<dyn Hooks>,
     settings: Mutex<(Options, NativeOptions)>,
@@ -64,7 +67,9 @@ pub struct Allocator {
 impl Allocator {
     /// An allocator without devices; CUDA is asked nothing yet.
     pub fn new(driver: Arc<dyn Driver>, hooks: Arc<dyn Hooks>, options: Options) -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
         Self {
+            id: COUNT.fetch_add(1, Ordering::Relaxed),
             driver,
             hooks,
             settings: Mutex::new((options, NativeOptions::default())),
@@ -94,6 +99,7 @@ impl Allocator {
                 let info = self.driver.device_info(device)?;
                 check_supported(&info, device, options.access_pattern)?;
                 let state = DeviceState::new(
+                    self.id,
                     device,
                     info,
                     Arc::clone(&self.driver),
@@ -147,6 +153,11 @@ impl Allocator {
         stream: Stream,
         mut context: Option<Context>,
     ) -> Result<DevicePtr> {
+        if context.is_none()
+            && let Some(ptr) = thread_cache::allocate(self.id, device, bytes, stream)
+        {
+            return Ok(ptr);
+        }
         let state = self.device(device)?;
         if bytes.wrapping_sub(1) >= crate::device::REQUEST_LIMIT - 1 {
             return self.refuse(state, bytes, stream, context);
@@ -219,6 +230,9 @@ impl Allocator {
     /// [`Error::InvalidPointer`].
     #[inline]
     pub fn free(&self, ptr: DevicePtr, mut context: Option<Context>) -> Result<()> {
+        if context.is_none() && thread_cache::free(self.id, ptr) {
+            return Ok(());
+        }
         self.owner(ptr, &mut |state| state.free(ptr, &mut context))
     }
 

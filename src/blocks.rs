@@ -6,6 +6,7 @@
 //! with a bitmap over the bins (two-level segregated fit, Masmano et al., ECRTS 2004).
 
 use crate::segments::SegmentId;
+use crate::thread_cache::ThreadId;
 
 /// Every block is a multiple of this many bytes (`kMinBlockSize` of c10's allocator).
 pub const MIN_BLOCK: u64 = 512;
@@ -34,8 +35,6 @@ pub struct ListId(pub u32);
 pub enum BlockState {
     /// In a free list.
     Free,
-    /// Freed last of all: neither merged nor in a free list yet, because the next request most often is for its size.
-    Freed,
     /// Held by the program.
     Allocated,
     /// Freed by the program, but streams it was recorded on may still use it.
@@ -71,6 +70,8 @@ pub struct Block {
     pub has_context: bool,
     /// Whether it counted as oversize (`max_split_size_mb`) when it was handed out: the setting may change.
     pub oversize: bool,
+    /// The thread whose cache it is in: that knows whether it is the program's now.
+    pub thread: ThreadId,
 }
 
 /// All blocks of one device, by index. Indices are reused; the arena only grows.
@@ -120,6 +121,7 @@ impl Blocks {
             has_uses: false,
             has_context: false,
             oversize: false,
+            thread: ThreadId::NONE,
         };
         let id = match self.unused.pop() {
             Some(id) => {

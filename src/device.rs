@@ -23,6 +23,7 @@ use crate::pools::{DEFAULT_POOL, List, MempoolId, PoolId, Pools};
 use crate::segments::{Memory, Segment, SegmentId, round_size};
 use crate::stats::{DeviceStats, StatArray};
 use crate::streams::Waits;
+use crate::thread_cache::{self, Slot, ThreadCache, ThreadId};
 use rustc_hash::FxHashMap;
 use std::sync::Arc;
 
@@ -61,6 +62,28 @@ fn live_segment(segments: &mut [Option<Segment>], id: SegmentId) -> &mut Segment
     segments[id.0 as usize].as_mut().expect("a SegmentId is only kept while its segment lives")
 }
 
+/// Whether sizes are rounded to multiples of 512 bytes and to nothing else.
+fn rounds_plainly(native: &NativeOptions) -> bool {
+    native.roundup_power2_divisions.iter().all(|&divisions| divisions <= 1)
+}
+
+/// Counts what a thread's cache did with a block.
+fn merge_slot(slot: &Slot, blocks: &mut Blocks, pools: &Pools, stats: &mut DeviceStats) {
+    if slot.rounds == 0 {
+        return;
+    }
+    let block = &mut blocks[slot.block];
+    let small = pools[block.list].small;
+    block.requested = slot.requested;
+    for counts in [&mut stats.allocation, &mut stats.active] {
+        counts.exchange(small, slot.rounds, slot.rounds);
+    }
+    for bytes in [&mut stats.allocated_bytes, &mut stats.active_bytes] {
+        bytes.exchange(small, slot.rounds * slot.bytes, slot.rounds * slot.bytes);
+    }
+    stats.requested_bytes.exchange(small, slot.requested_again, slot.requested_before);
+}
+
 /// Whether a device can place memory so.
 ///
 /// # Errors
@@ -93,8 +116,14 @@ pub struct DeviceState {
     growing: FxHashMap<ListId, Vec<SegmentId>>,
     /// Live allocations by address.
     live: FxHashMap<u64, BlockId>,
-    /// The block freed last ([`BlockState::Freed`]). Everything but allocating and freeing settles it first.
-    recent: Option<BlockId>,
+    /// The allocator that this is a device of, as the threads' caches know it.
+    allocator: u64,
+    /// The caches of the threads that freed something here.
+    threads: Vec<Option<Arc<ThreadCache>>>,
+    /// What is being taken out of them; kept to be reused.
+    taken: Vec<Slot>,
+    /// Whether the options' rounding is what the caches know.
+    plain_rounding: bool,
     waits: Waits,
     captures: Vec<Capture>,
     stats: DeviceStats,
@@ -120,6 +149,7 @@ pub struct DeviceState {
 impl DeviceState {
     /// The state of a device from which nothing was allocated yet.
     pub fn new(
+        allocator: u64,
         device: DeviceIndex,
         info: DeviceInfo,
         driver: Arc<dyn Driver>,
@@ -134,6 +164,7 @@ impl DeviceState {
             driver,
             hooks,
             options,
+            plain_rounding: rounds_plainly(&native),
             native,
             populated: Populated::default(),
             blocks: Blocks::default(),
@@ -141,7 +172,9 @@ impl DeviceState {
             segments: Vec::new(),
             growing: FxHashMap::default(),
             live: FxHashMap::default(),
-            recent: None,
+            allocator,
+            threads: Vec::new(),
+            taken: Vec::new(),
             waits: Waits::default(),
             captures: Vec::new(),
             stats: DeviceStats::default(),
@@ -160,6 +193,8 @@ impl DeviceState {
 
     /// PyTorch's own settings, as they are now.
     pub fn set_native_options(&mut self, native: NativeOptions) {
+        self.empty_threads();
+        self.plain_rounding = rounds_plainly(&native);
         self.native = native;
     }
 
@@ -226,15 +261,8 @@ impl DeviceState {
             // Events may not be queried while a capture is underway.
             self.process_events()?;
         }
+        self.take_from_threads(false);
         let request = self.request(bytes, stream);
-        if let Some(recent) = self.recent.take() {
-            let Block { list, bytes, .. } = self.blocks[recent];
-            if (list, bytes) == (request.list, request.rounded) {
-                self.pools[list].requests += 1;
-                return Ok(Ok(self.occupy(recent, &request, context.take())));
-            }
-            self.put_back(recent);
-        }
         Ok(match self.best_fit(&request) {
             Some(block) => Ok(self.hand_out(block, &request, context.take())),
             None => Err(request),
@@ -418,10 +446,11 @@ impl DeviceState {
         }
     }
 
-    /// Whether this address is a live allocation of this device.
-    #[inline]
-    pub fn owns(&self, ptr: DevicePtr) -> bool {
-        self.live.contains_key(&ptr.0)
+    /// Whether this address is a live allocation of this device. From now on only the books know of it: whoever asks is
+    /// about to do what no thread's cache knows of.
+    pub fn owns(&mut self, ptr: DevicePtr) -> bool {
+        let Some(&block) = self.live.get(&ptr.0) else { return false };
+        !self.blocks[block].thread.is_some() || self.reclaim(block)
     }
 
     /// What is known about a live allocation.
@@ -450,36 +479,145 @@ impl DeviceState {
     #[inline]
     pub fn free(&mut self, ptr: DevicePtr, context: &mut Option<Context>) -> bool {
         let Some(block) = self.live.remove(&ptr.0) else { return false };
+        if self.blocks[block].thread.is_some() && !self.reclaim(block) {
+            return false;
+        }
         let context = context.take();
+        if context.is_none() && self.may_park(block) && self.park(block) {
+            return true;
+        }
+        self.end_allocation(block);
+        let has_uses = self.blocks[block].has_uses;
+        if self.tracing {
+            self.trace_block(Action::FreeRequested, block, context.clone());
+        }
+        if !has_uses || !self.must_wait(block) {
+            self.free_block(block, context);
+        }
+        true
+    }
+
+    /// Whether a freed block could serve this thread's next request without anybody noticing: nothing but its size and
+    /// stream decides who gets it, and nobody wants to hear of it.
+    fn may_park(&self, block: BlockId) -> bool {
+        let Block { bytes, list, has_uses, has_context, oversize, .. } = self.blocks[block];
+        self.plain_rounding
+            && !self.tracing
+            && self.captures.is_empty()
+            && !(has_uses || has_context || oversize)
+            && bytes < self.native.max_split_size
+            && self.pools[list].pool == PoolId::DEFAULT
+    }
+
+    /// Leaves a freed block to this thread's next request of its size, if such requests are likely.
+    fn park(&mut self, block: BlockId) -> bool {
+        let Self { allocator, device, threads, blocks, pools, .. } = self;
+        let Block { address, bytes, requested, list, .. } = blocks[block];
+        let stream = pools[list].stream;
+        let slot = |id: ThreadId| {
+            blocks[block].thread = id;
+            Slot {
+                address,
+                bytes,
+                requested,
+                stream,
+                block,
+                parked: true,
+                rounds: 0,
+                requested_again: 0,
+                requested_before: 0,
+            }
+        };
+        let register = |cache: &Arc<ThreadCache>| {
+            let index = threads.iter().position(Option::is_none).unwrap_or(threads.len());
+            let id = ThreadId::new(index)?;
+            if index == threads.len() {
+                threads.push(None);
+            }
+            threads[index] = Some(Arc::clone(cache));
+            Some(id)
+        };
+        let (parked, left) = thread_cache::park(*allocator, *device, slot, register);
+        if parked {
+            self.live.insert(address, block);
+        }
+        if let Some(left) = left {
+            self.leave_thread(&left);
+        }
+        parked
+    }
+
+    /// Brings the books up to date: what threads have parked is free, and what their caches did is counted.
+    #[inline]
+    pub fn settle(&mut self) {
+        self.take_from_threads(false);
+        let Self { threads, blocks, pools, stats, .. } = self;
+        for cache in threads.iter().flatten() {
+            cache.merge(|slot| merge_slot(slot, blocks, pools, stats));
+        }
+    }
+
+    /// Takes every block out of the threads' caches.
+    fn empty_threads(&mut self) {
+        self.take_from_threads(true);
+    }
+
+    /// Takes blocks out of the threads' caches: the parked ones, or all.
+    #[inline]
+    fn take_from_threads(&mut self, all: bool) {
+        let mut taken = std::mem::take(&mut self.taken);
+        for thread in &mut self.threads {
+            if let Some(cache) = thread {
+                let ended = cache.is_abandoned();
+                cache.take(all || ended, &mut taken);
+                if ended {
+                    *thread = None;
+                }
+            }
+        }
+        for slot in taken.drain(..) {
+            self.leave_thread(&slot);
+        }
+        self.taken = taken;
+    }
+
+    /// Takes a block that the program names out of the cache it is in. False: the program has freed it already.
+    #[cold]
+    fn reclaim(&mut self, block: BlockId) -> bool {
+        let Block { address, thread, .. } = self.blocks[block];
+        let cache = self.threads.get(thread.index()).and_then(Option::as_ref);
+        let slot = cache.and_then(|cache| cache.take_one(address));
+        slot.is_none_or(|slot| {
+            self.leave_thread(&slot);
+            !slot.parked
+        })
+    }
+
+    /// A block has left its thread's cache: the books learn what happened to it there.
+    fn leave_thread(&mut self, slot: &Slot) {
+        let Self { blocks, pools, stats, .. } = self;
+        merge_slot(slot, blocks, pools, stats);
+        blocks[slot.block].thread = ThreadId::NONE;
+        if slot.parked {
+            self.live.remove(&slot.address);
+            self.end_allocation(slot.block);
+            self.free_block(slot.block, None);
+        }
+    }
+
+    /// Counts an allocation out. Its block is not free yet.
+    #[inline]
+    fn end_allocation(&mut self, block: BlockId) {
         let Self { blocks, pools, stats, .. } = self;
         let freed = &mut blocks[block];
-        let bytes = freed.bytes;
         let small = pools[freed.list].small;
         stats.allocation.decrease(small, 1);
-        stats.allocated_bytes.decrease(small, bytes);
+        stats.allocated_bytes.decrease(small, freed.bytes);
         if freed.oversize {
             freed.oversize = false;
             stats.oversize_allocations.decrease(1);
         }
         freed.state = BlockState::Pending;
-        let has_uses = freed.has_uses;
-        if self.tracing {
-            self.trace_block(Action::FreeRequested, block, context.clone());
-        }
-        if !has_uses || !self.must_wait(block) {
-            self.settle();
-            self.retire(block, context);
-            self.recent = Some(block);
-        }
-        true
-    }
-
-    /// Puts the block freed last where it belongs, so that nothing is left half done.
-    #[inline]
-    pub fn settle(&mut self) {
-        if let Some(recent) = self.recent.take() {
-            self.put_back(recent);
-        }
     }
 
     /// Whether a freed block that was recorded on other streams has to wait.
@@ -516,7 +654,6 @@ impl DeviceState {
         stats.active.decrease(small, 1);
         stats.active_bytes.decrease(small, freed.bytes);
         stats.requested_bytes.decrease(small, freed.requested);
-        freed.state = BlockState::Freed;
         freed.requested = 0;
         if freed.has_context {
             freed.has_context = false;
@@ -667,6 +804,7 @@ impl DeviceState {
 
     /// Starts or stops the history.
     pub fn set_history(&mut self, recording: Recording) {
+        self.empty_threads();
         self.history.configure(recording);
         self.tracing = self.history.enabled() || self.tracked;
     }
@@ -678,6 +816,7 @@ impl DeviceState {
 
     /// Whether [`Hooks::trace`] is told of everything.
     pub fn set_tracking(&mut self, on: bool) {
+        self.empty_threads();
         self.tracked = on;
         self.tracing = self.history.enabled() || self.tracked;
     }

@@ -2,7 +2,7 @@
 //!
 //! Layers, each of which only knows those below it:
 //! `bridge` (C++), [`allocator`], [`device`], {[`pools`], [`segments`], [`streams`], [`placement`], [`budget`],
-//! [`stats`], [`history`]}, [`blocks`] (no CUDA in it), [`driver`].
+//! [`stats`], [`history`], [`thread_cache`]}, [`blocks`] (no CUDA in it), [`driver`].
 
 #![deny(unsafe_op_in_unsafe_fn)]
 #![warn(missing_docs)]
@@ -22,3 +22,4 @@ pub mod pools;
 pub mod segments;
 pub mod stats;
 pub mod streams;
+pub mod thread_cache;

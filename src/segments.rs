@@ -94,6 +94,12 @@ fn round_up(bytes: u64, granule: u64) -> u64 {
     bytes.div_ceil(granule) * granule
 }
 
+/// A request rounded to whole blocks' granules; 0 for what no block can serve.
+#[inline]
+pub fn round_to_block(bytes: u64) -> u64 {
+    bytes.wrapping_add(MIN_BLOCK - 1) & !(MIN_BLOCK - 1)
+}
+
 /// A request as blocks serve it: a multiple of 512 bytes, or of a share of its power of two where
 /// `roundup_power2_divisions` says so.
 #[inline]

@@ -30,6 +30,14 @@ impl Stat {
         debug_assert!(self.current >= 0, "negative statistic");
     }
 
+    /// Takes note of what went in and out meanwhile.
+    fn exchange(&mut self, added: u64, taken: u64) {
+        self.current += added as i64 - taken as i64;
+        self.allocated += added as i64;
+        self.freed += taken as i64;
+        self.peak = self.peak.max(self.current);
+    }
+
     fn reset_accumulated(&mut self) {
         self.allocated = 0;
         self.freed = 0;
@@ -69,6 +77,12 @@ impl StatArray {
     #[inline]
     fn pool(&mut self, small: bool) -> &mut Stat {
         if small { &mut self.small_pool } else { &mut self.large_pool }
+    }
+
+    /// Takes note of what went in and out of the total and one pool meanwhile.
+    pub fn exchange(&mut self, small: bool, added: u64, taken: u64) {
+        self.aggregate.exchange(added, taken);
+        self.pool(small).exchange(added, taken);
     }
 
     /// Starts what went in and out anew.

@@ -99,6 +99,7 @@ impl DeviceState {
             )));
         }
         let pool = self.ensure_pool(id, custom)?;
+        self.empty_threads();
         self.captures.push(Capture { pool, filter });
         Ok(())
     }

@@ -148,8 +148,11 @@ pub(super) fn check(state: &DeviceState) -> Result<(), String> {
                 BlockState::Free => {
                     free.insert(block_id);
                 }
-                BlockState::Freed => return Err(format!("freed block {:#x} was not put back", block.address)),
                 BlockState::Allocated => {
+                    let cached = state.threads.get(block.thread.index()).is_some_and(Option::is_some);
+                    if block.thread.is_some() != cached {
+                        return Err(format!("allocation {:#x} is in the cache of no thread", block.address));
+                    }
                     live += 1;
                     allocated += block.bytes;
                     if state.live.get(&block.address) != Some(&block_id) {

@@ -6,4 +6,5 @@ mod limits;
 mod model;
 mod private_pools;
 mod streams;
+mod threads;
 mod world;
