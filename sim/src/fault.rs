@@ -104,6 +104,10 @@ entry_points! {
     AddressFree: "address_free", "cuMemAddressFree", [];
     PhysicalCreate: "physical_create", "cuMemCreate", [];
     PhysicalRelease: "physical_release", "cuMemRelease", [];
+    PhysicalRetain: "physical_retain", "cuMemRetainAllocationHandle", [];
+    PhysicalInfo: "physical_info", "cuMemGetAllocationPropertiesFromHandle", [];
+    PhysicalExport: "physical_export", "cuMemExportToShareableHandle", [];
+    PhysicalImport: "physical_import", "cuMemImportFromShareableHandle", [];
     Map: "map", "cuMemMap", [];
     Unmap: "unmap", "cuMemUnmap", [];
     SetAccess: "set_access", "cuMemSetAccess", [];

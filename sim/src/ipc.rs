@@ -2,35 +2,94 @@
 //!
 //! Device memory lies in a file without a name; a handle says which process's, which of its descriptors, and where. The other
 //! process maps the same bytes. Its machine knows nothing else of this one: memory is shared, books and streams are not.
+//!
+//! There are two kinds of handles: 64 bytes (`cuIpcGetMemHandle`), and a file that holds such 64 bytes, for memory without an
+//! address (`cuMemExportToShareableHandle`).
 
-use crate::error::{Code, SimResult, Step, fail};
+use crate::error::{Code, Fail, SimResult, Step, fail};
 use crate::fault::EntryPoint;
 use crate::machine::Machine;
 use crate::memory;
 use crate::state::{Allocation, Body, Session};
-use std::fs::OpenOptions;
-use std::os::fd::AsRawFd;
+use crate::types::PhysicalId;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use torch_uvm::driver::{DeviceIndex, DevicePtr, IpcHandle};
 
-/// Marks an IPC handle of this simulator.
+/// Mark an IPC handle of this simulator, and one of memory without an address.
 const MAGIC: u64 = 0x4d49_532d_4d56_5554;
+const PHYSICAL_MAGIC: u64 = 0x5948_502d_4d56_5554;
 
 /// What a handle's eight words say.
 #[derive(Clone, Copy)]
-struct Exported {
+pub(crate) struct Exported {
+    magic: u64,
     process: u32,
+    /// Of an allocation; of memory without an address, the device.
     address: u64,
     id: u64,
     bytes: u64,
-    rounded: u64,
+    pub rounded: u64,
     descriptor: i32,
     offset: u64,
 }
 
 impl Exported {
+    pub fn of_physical(device: DeviceIndex, id: u64, bytes: u64, descriptor: i32, offset: u64) -> Exported {
+        let (magic, process, address) = (PHYSICAL_MAGIC, std::process::id(), device as u64);
+        Exported { magic, process, address, id, bytes, rounded: bytes, descriptor, offset }
+    }
+
+    /// The device and the number of memory without an address.
+    pub fn physical(&self) -> Step<(DeviceIndex, PhysicalId)> {
+        let device = DeviceIndex::try_from(self.address).ok().filter(|_| self.magic == PHYSICAL_MAGIC);
+        Ok((device.ok_or_else(not_ours)?, PhysicalId(self.id)))
+    }
+
+    /// Whether this process has made it.
+    pub fn is_own(&self) -> bool {
+        self.process == std::process::id()
+    }
+
+    /// A file with the handle in it.
+    pub fn into_file(self) -> Step<OwnedFd> {
+        // SAFETY: a plain system call with a C string.
+        let descriptor = unsafe { libc::memfd_create(c"torch-uvm-sim-handle".as_ptr(), libc::MFD_CLOEXEC) };
+        let unsupported = |why| fail(Code::NOT_SUPPORTED, format!("the host gives no file for the handle: {why}"));
+        if descriptor < 0 {
+            return Err(unsupported(std::io::Error::last_os_error()));
+        }
+        // SAFETY: the descriptor is new and ours alone.
+        let mut file = unsafe { File::from_raw_fd(descriptor) };
+        file.write_all(&self.pack().0).map_err(unsupported)?;
+        Ok(file.into())
+    }
+
+    /// The handle in a file of [`Exported::into_file`].
+    pub fn from_file(descriptor: BorrowedFd<'_>) -> Step<Exported> {
+        // SAFETY: the descriptor is borrowed, so it is open; it is not closed here.
+        let file = ManuallyDrop::new(unsafe { File::from_raw_fd(descriptor.as_raw_fd()) });
+        let mut handle = [0; 64];
+        file.read_exact_at(&mut handle, 0).map_err(|_| not_ours())?;
+        Exported::unpack(&IpcHandle(handle)).ok_or_else(not_ours)
+    }
+
+    /// The other process's file, and where in it the memory is.
+    pub fn open(&self) -> Step<(File, u64)> {
+        let path = format!("/proc/{}/fd/{}", self.process, self.descriptor);
+        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|error| {
+            let why = format!("the IPC handle's process gives no access to its memory ({path}: {error})");
+            fail(Code::INVALID_VALUE, why)
+        })?;
+        Ok((file, self.offset))
+    }
+
     fn pack(self) -> IpcHandle {
         let words = [
-            MAGIC,
+            self.magic,
             u64::from(self.process),
             self.address,
             self.id,
@@ -51,10 +110,16 @@ impl Exported {
         for (word, slot) in words.iter_mut().zip(handle.0.chunks_exact(8)) {
             *word = u64::from_le_bytes(slot.try_into().ok()?);
         }
-        let [MAGIC, process, address, id, bytes, rounded, descriptor, offset] = words else { return None };
+        let [magic @ (MAGIC | PHYSICAL_MAGIC), process, address, id, bytes, rounded, descriptor, offset] = words else {
+            return None;
+        };
         let (process, descriptor) = (process.try_into().ok()?, descriptor.try_into().ok()?);
-        Some(Exported { process, address, id, bytes, rounded, descriptor, offset })
+        Some(Exported { magic, process, address, id, bytes, rounded, descriptor, offset })
     }
+}
+
+fn not_ours() -> Fail {
+    fail(Code::INVALID_VALUE, "these bytes are not an IPC handle of the simulated device")
 }
 
 impl Machine {
@@ -75,7 +140,7 @@ impl Machine {
             let file = s.zones.holding(address).and_then(|zone| zone.file_of(address));
             let (descriptor, offset) = file.unwrap_or((-1, 0));
             let process = std::process::id();
-            Ok(Exported { process, address, id, bytes, rounded, descriptor, offset }.pack())
+            Ok(Exported { magic: MAGIC, process, address, id, bytes, rounded, descriptor, offset }.pack())
         })
     }
 
@@ -84,10 +149,8 @@ impl Machine {
     pub fn ipc_open(&self, device: DeviceIndex, handle: &IpcHandle) -> SimResult<DevicePtr> {
         self.inner.call(EntryPoint::IpcOpen, |s| {
             s.check_device(device)?;
-            let exported = Exported::unpack(handle).ok_or_else(|| {
-                fail(Code::INVALID_VALUE, "these bytes are not an IPC handle of the simulated device")
-            })?;
-            if exported.process == std::process::id() {
+            let exported = Exported::unpack(handle).filter(|exported| exported.magic == MAGIC).ok_or_else(not_ours)?;
+            if exported.is_own() {
                 let live = s.allocations.get(&exported.address).is_some_and(|allocation| allocation.id == exported.id);
                 if !live {
                     return Err(fail(Code::INVALID_VALUE, "the IPC handle's memory has been freed"));
@@ -137,17 +200,11 @@ impl Session<'_> {
                 return Ok(address);
             }
         }
-        let path = format!("/proc/{}/fd/{}", exported.process, exported.descriptor);
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|error| {
-            fail(
-                Code::INVALID_VALUE,
-                format!("the IPC handle's process gives no access to its memory ({path}: {error})"),
-            )
-        })?;
+        let (file, offset) = exported.open()?;
         let reserved = self.zones.managed.rounded(exported.rounded)?;
         let address = self.zones.managed.reserve(reserved)?;
         let access = libc::PROT_READ | libc::PROT_WRITE;
-        if let Err(error) = memory::map_file(address, exported.rounded, file.as_raw_fd(), exported.offset, access) {
+        if let Err(error) = memory::map_file(address, exported.rounded, file.as_raw_fd(), offset, access) {
             self.zones.managed.give(address, reserved);
             return Err(error);
         }

@@ -3,23 +3,35 @@
 
 use crate::error::{Code, SimResult, Step, fail};
 use crate::fault::EntryPoint;
+use crate::ipc::Exported;
 use crate::machine::Machine;
 use crate::managed::PAGE;
 use crate::memory;
 use crate::state::{Allocation, Body, State};
 use crate::types::PhysicalId;
+use std::fs::File;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use torch_uvm::driver::DeviceIndex;
 
-/// Physical memory of `cuMemCreate`: a range of the device zone's file.
+/// Physical memory of `cuMemCreate`, this process's or another's.
 pub(crate) struct PhysicalHandle {
     pub device: DeviceIndex,
     pub bytes: u64,
-    /// Its place in the device zone, whose own mapping stays without access.
-    home: u64,
+    bytes_in: BytesIn,
+    /// Whether it was made to be exported.
+    shareable: bool,
     /// How many mappings it has.
     mappings: u64,
-    /// `cuMemRelease` was called.
-    released: bool,
+    /// How many times `cuMemRelease` is to be called: once, and once more for each time it was imported or retained here.
+    held: u64,
+}
+
+/// Where the bytes are.
+enum BytesIn {
+    /// At this address of the device zone, whose own mapping stays without access: a range of the zone's file.
+    Zone(u64),
+    /// In another process's file, from this offset on.
+    File(File, u64),
 }
 
 fn check_size(bytes: u64) -> Step<()> {
@@ -62,8 +74,8 @@ impl Machine {
         })
     }
 
-    /// `cuMemCreate`, of device memory.
-    pub fn physical_create(&self, device: DeviceIndex, bytes: u64) -> SimResult<PhysicalId> {
+    /// `cuMemCreate`, of device memory. Only what is made `shareable` can be exported.
+    pub fn physical_create(&self, device: DeviceIndex, bytes: u64, shareable: bool) -> SimResult<PhysicalId> {
         self.inner.call(EntryPoint::PhysicalCreate, |s| {
             s.check_device(device)?;
             check_size(bytes)?;
@@ -84,19 +96,69 @@ impl Machine {
                     return Err(error);
                 }
             };
-            let id = 0x5050_0000_0000 + s.next_id() * 0x40;
-            let handle = PhysicalHandle { device, bytes, home, mappings: 0, released: false };
-            s.physical_handles.insert(id, handle);
-            Ok(PhysicalId(id))
+            Ok(s.add_physical(device, bytes, BytesIn::Zone(home), shareable))
         })
     }
 
     /// `cuMemRelease`: the memory is gone when its last mapping is, too.
     pub fn physical_release(&self, id: PhysicalId) -> SimResult<()> {
         self.inner.call(EntryPoint::PhysicalRelease, |s| {
-            s.live_physical(id)?.released = true;
+            s.live_physical(id)?.held -= 1;
             s.drop_unused(id.0);
             Ok(())
+        })
+    }
+
+    /// `cuMemRetainAllocationHandle`: the memory that is mapped at an address; to be released once more.
+    pub fn physical_retain(&self, address: u64) -> SimResult<PhysicalId> {
+        self.inner.call(EntryPoint::PhysicalRetain, |s| {
+            let Some((_, Allocation { body: Body::Mapped { physical, .. }, .. })) = s.allocation_at(address) else {
+                return Err(fail(Code::INVALID_VALUE, format!("nothing is mapped at {address:#x}")));
+            };
+            let physical = *physical;
+            s.physical_handles.get_mut(&physical).ok_or(Code::UNKNOWN)?.held += 1;
+            Ok(PhysicalId(physical))
+        })
+    }
+
+    /// `cuMemGetAllocationPropertiesFromHandle`: the device, and whether it can be exported.
+    pub fn physical_info(&self, id: PhysicalId) -> SimResult<(DeviceIndex, bool)> {
+        self.inner.call(EntryPoint::PhysicalInfo, |s| {
+            let handle = s.live_physical(id)?;
+            Ok((handle.device, handle.shareable))
+        })
+    }
+
+    /// `cuMemExportToShareableHandle`, as a file descriptor. What it is a descriptor of only says where the memory is: a process
+    /// must import it while this one lives.
+    pub fn physical_export(&self, id: PhysicalId) -> SimResult<OwnedFd> {
+        self.inner.call(EntryPoint::PhysicalExport, |s| {
+            let handle = s.live_physical(id)?;
+            let (device, bytes) = (handle.device, handle.bytes);
+            let BytesIn::Zone(home) = handle.bytes_in else {
+                return Err(fail(Code::INVALID_VALUE, "the memory is another process's"));
+            };
+            if !handle.shareable {
+                return Err(fail(Code::INVALID_VALUE, "the memory was not made to be exported"));
+            }
+            let (file, offset) = s.zones.device.file_of(home).ok_or(Code::UNKNOWN)?;
+            Exported::of_physical(device, id.0, bytes, file, offset).into_file()
+        })
+    }
+
+    /// `cuMemImportFromShareableHandle`, from a file descriptor, which stays the caller's. Memory of this very process is the same
+    /// memory again, to be released once more.
+    pub fn physical_import(&self, descriptor: BorrowedFd<'_>) -> SimResult<PhysicalId> {
+        self.inner.call(EntryPoint::PhysicalImport, |s| {
+            let exported = Exported::from_file(descriptor)?;
+            let (device, id) = exported.physical()?;
+            if exported.is_own() {
+                s.live_physical(id)?.held += 1;
+                return Ok(id);
+            }
+            s.check_device(device)?;
+            let (file, offset) = exported.open()?;
+            Ok(s.add_physical(device, exported.rounded, BytesIn::File(file, offset), false))
         })
     }
 
@@ -104,7 +166,7 @@ impl Machine {
     pub fn map(&self, address: u64, bytes: u64, id: PhysicalId) -> SimResult<()> {
         self.inner.call(EntryPoint::Map, |s| {
             let handle = s.live_physical(id)?;
-            let (device, home, whole) = (handle.device, handle.home, handle.bytes);
+            let (device, whole) = (handle.device, handle.bytes);
             if bytes != whole {
                 return Err(fail(Code::INVALID_VALUE, format!("{bytes} bytes of a handle of {whole}: all are mapped")));
             }
@@ -114,7 +176,10 @@ impl Machine {
             if s.allocations.range(..address + bytes).next_back().is_some_and(|(base, a)| base + a.rounded > address) {
                 return Err(fail(Code::INVALID_VALUE, format!("something is mapped at {address:#x} already")));
             }
-            let (file, offset) = s.zones.device.file_of(home).ok_or(Code::UNKNOWN)?;
+            let (file, offset) = match s.live_physical(id)?.bytes_in {
+                BytesIn::Zone(home) => s.zones.device.file_of(home).ok_or(Code::UNKNOWN)?,
+                BytesIn::File(ref file, offset) => (file.as_raw_fd(), offset),
+            };
             memory::map_file(address, bytes, file, offset, libc::PROT_NONE)?;
             s.live_physical(id)?.mappings += 1;
             let body = Body::Mapped { physical: id.0, accessible: false };
@@ -158,17 +223,28 @@ impl Machine {
 }
 
 impl State {
+    fn add_physical(&mut self, device: DeviceIndex, bytes: u64, bytes_in: BytesIn, shareable: bool) -> PhysicalId {
+        let id = 0x5050_0000_0000 + self.next_id() * 0x40;
+        let handle = PhysicalHandle { device, bytes, bytes_in, shareable, mappings: 0, held: 1 };
+        self.physical_handles.insert(id, handle);
+        PhysicalId(id)
+    }
+
     /// A handle that was not released.
     fn live_physical(&mut self, id: PhysicalId) -> Step<&mut PhysicalHandle> {
-        let found = self.physical_handles.get_mut(&id.0).filter(|handle| !handle.released);
+        let found = self.physical_handles.get_mut(&id.0).filter(|handle| handle.held > 0);
         found.ok_or_else(|| fail(Code::INVALID_VALUE, format!("{:#x} is not physical memory", id.0)))
     }
 
     fn drop_unused(&mut self, id: u64) {
         let Some(handle) = self.physical_handles.get(&id) else { return };
-        if handle.released && handle.mappings == 0 {
-            let (device, bytes, home) = (handle.device, handle.bytes, handle.home);
-            self.physical_handles.remove(&id);
+        if handle.held > 0 || handle.mappings > 0 {
+            return;
+        }
+        // Another process's memory is in that process's books.
+        if let Some(PhysicalHandle { device, bytes, bytes_in: BytesIn::Zone(home), .. }) =
+            self.physical_handles.remove(&id)
+        {
             self.physical.give_plain(device as usize, bytes);
             self.zones.device.give(home, bytes);
         }

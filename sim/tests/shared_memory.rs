@@ -1,5 +1,6 @@
 //! Memory that has more than one address: virtual memory management, and IPC between processes.
 
+use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 use torch_uvm_sim::*;
 
@@ -24,7 +25,7 @@ fn a_segment_grows_by_mapping() {
     assert!(m.write(0, DevicePtr(base), &[1]).is_err(), "nothing is mapped");
     let mut handles = Vec::new();
     for step in 0..3 {
-        let id = m.physical_create(0, 20 * MIB).unwrap();
+        let id = m.physical_create(0, 20 * MIB, false).unwrap();
         let at = base + step * 20 * MIB;
         m.map(at, 20 * MIB, id).unwrap();
         assert!(m.write(0, DevicePtr(at), &[1]).is_err(), "no access yet");
@@ -65,10 +66,10 @@ fn a_segment_grows_by_mapping() {
 fn bad_mappings() {
     let m = machine();
     let base = m.address_reserve(8 * MIB, 0).unwrap();
-    let id = m.physical_create(0, 4 * MIB).unwrap();
+    let id = m.physical_create(0, 4 * MIB, false).unwrap();
     let code = |result: SimResult<()>| result.unwrap_err().code.0;
-    assert_eq!(m.physical_create(0, 3 * MIB).unwrap_err().code.0, 1);
-    assert_eq!(m.physical_create(0, 4 * GIB).unwrap_err().code.0, 2);
+    assert_eq!(m.physical_create(0, 3 * MIB, true).unwrap_err().code.0, 1);
+    assert_eq!(m.physical_create(0, 4 * GIB, true).unwrap_err().code.0, 2);
     assert_eq!(m.address_reserve(1, 0).unwrap_err().code.0, 1);
     assert_eq!(code(m.map(base, 2 * MIB, id)), 1);
     assert_eq!(code(m.map(base + 6 * MIB, 4 * MIB, id)), 1);
@@ -122,4 +123,71 @@ fn another_process_reads_and_writes_the_same_bytes() {
         assert_eq!([byte(&m, a.0), byte(&m, a.0 + 4095)], [43, 43]);
         m.free(0, a).unwrap();
     }
+}
+
+/// Not a test by itself: the other process of the next one.
+#[test]
+fn other_process_with_a_descriptor() {
+    let Ok(bytes) = std::env::var("TORCH_UVM_SIM_TEST_DESCRIPTOR") else { return };
+    let bytes: u64 = bytes.parse().unwrap();
+    let m = machine();
+    let id = m.physical_import(std::io::stdin().as_fd()).unwrap();
+    assert_eq!(m.physical_info(id).unwrap(), (0, false));
+    assert_eq!(m.physical_export(id).unwrap_err().code.0, 1, "another process's memory");
+    let at = m.address_reserve(bytes, 0).unwrap();
+    m.map(at, bytes, id).unwrap();
+    m.set_access(at, bytes, 0, true).unwrap();
+    assert_eq!([byte(&m, at), byte(&m, at + bytes - 1)], [42, 42]);
+    assert_eq!(m.device_memory(0).unwrap().free, 2 * GIB, "in the other process's books");
+    m.write(0, DevicePtr(at), &[43; 4096]).unwrap();
+    m.unmap(at, bytes).unwrap();
+    m.physical_release(id).unwrap();
+    m.address_free(at, bytes).unwrap();
+    assert!(m.live().is_empty(), "{:?}", m.live());
+}
+
+#[test]
+fn another_process_maps_the_same_bytes() {
+    let m = machine();
+    // Not the first of the zone: the place in the file matters.
+    let before = m.physical_create(0, 2 * MIB, false).unwrap();
+    let bytes = 4 * MIB;
+    let id = m.physical_create(0, bytes, true).unwrap();
+    let at = m.address_reserve(bytes, 0).unwrap();
+    m.map(at, bytes, id).unwrap();
+    m.set_access(at, bytes, 0, true).unwrap();
+    m.memset_async(0, at, 42, 1, bytes, Stream(0)).unwrap();
+    m.stream_synchronize(0, Stream(0)).unwrap();
+    assert_eq!(m.physical_export(before).unwrap_err().code.0, 1, "not made to be exported");
+    let descriptor = m.physical_export(id).unwrap();
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "other_process_with_a_descriptor"])
+        .env("TORCH_UVM_SIM_TEST_DESCRIPTOR", bytes.to_string())
+        .stdin(Stdio::from(descriptor))
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    assert_eq!([byte(&m, at), byte(&m, at + 4095), byte(&m, at + 4096)], [43, 43, 42]);
+}
+
+#[test]
+fn memory_is_held_as_often_as_it_was_taken() {
+    let m = machine();
+    let id = m.physical_create(0, 2 * MIB, true).unwrap();
+    let at = m.address_reserve(2 * MIB, 0).unwrap();
+    m.map(at, 2 * MIB, id).unwrap();
+    assert_eq!(m.physical_retain(at + MIB).unwrap(), id);
+    assert_eq!(m.physical_retain(at + 2 * MIB).unwrap_err().code.0, 1);
+    let descriptor = m.physical_export(id).unwrap();
+    assert_eq!(m.physical_import(descriptor.as_fd()).unwrap(), id, "this process's own");
+    m.unmap(at, 2 * MIB).unwrap();
+    for _ in 0..3 {
+        assert_eq!(m.device_memory(0).unwrap().free, 2 * GIB - 2 * MIB);
+        m.physical_release(id).unwrap();
+    }
+    assert_eq!(m.device_memory(0).unwrap().free, 2 * GIB);
+    assert_eq!(m.physical_import(descriptor.as_fd()).unwrap_err().code.0, 1, "gone");
+    let other = std::fs::File::open("/dev/null").unwrap();
+    assert_eq!(m.physical_import(other.as_fd()).unwrap_err().code.0, 1, "not a handle");
 }

@@ -12,7 +12,7 @@ use torch_uvm_sim::{GraphId, GraphNode, NodeKind};
 use crate::context;
 use crate::entry::{Outcome, put, put_optional};
 use crate::errors::code;
-use crate::machine::{Handle, exec, graph, machine, stream};
+use crate::machine::{Handle, chip, exec, graph, machine, stream};
 use crate::ops;
 
 /// A node's handle holds its graph and its place in it: a node is only ever looked up. A graph's number has 47 bits, the
@@ -135,6 +135,12 @@ pub unsafe fn update_capture_dependencies(on: Handle, nodes: *const Handle, coun
         places.push(place);
     }
     Ok(machine.update_capture_dependencies(device, stream(on), &places, flags == SET_DEPENDENCIES)?)
+}
+
+/// Checks the arguments of `…DeviceGetGraphMemAttribute`: used and reserved bytes, now (0, 2) and at most (1, 3).
+pub fn memory_attribute(device: c_int, attribute: c_int) -> Outcome {
+    chip(device)?;
+    if (0..=3).contains(&attribute) { Ok(()) } else { Err(code::INVALID_VALUE)? }
 }
 
 pub fn instantiate(what: Handle) -> Outcome<Handle> {

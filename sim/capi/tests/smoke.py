@@ -140,6 +140,85 @@ def an_unsafe_call_spoils_a_capture():
 
 
 @test
+def a_graph_in_the_making_is_there_to_be_asked_about():
+    """As CUDA 13's runtime asks, which is how PyTorch's newer allocators do."""
+    runtime = ctypes.CDLL("libcudart.so.13")
+    stream = ctypes.c_void_p(torch.cuda.Stream().cuda_stream)
+    pointer = ctypes.c_void_p(torch.empty(MIB, dtype=torch.uint8, device="cuda").data_ptr())
+
+    def info():
+        status, number, graph, nodes, count = (
+            ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.POINTER(ctypes.c_void_p)(), ctypes.c_size_t()
+        )
+        answers = [ctypes.byref(answer) for answer in (status, number, graph, nodes)]
+        assert runtime.cudaStreamGetCaptureInfo(stream, *answers, None, ctypes.byref(count)) == 0
+        return status.value, graph.value, nodes[: count.value]
+
+    def before(node):
+        nodes, count = (ctypes.c_void_p * 8)(), ctypes.c_size_t(8)
+        assert runtime.cudaGraphNodeGetDependencies(ctypes.c_void_p(node), nodes, None, ctypes.byref(count)) == 0
+        return nodes[: count.value]
+
+    assert info() == (0, None, [])
+    assert runtime.cudaStreamBeginCapture(stream, 2) == 0
+    status, graph, nodes = info()
+    assert status == 1 and graph and not nodes
+    for _ in range(2):
+        assert runtime.cudaMemsetAsync(pointer, 1, ctypes.c_size_t(MIB), stream) == 0
+    (last,) = info()[2]
+    (first,) = before(last)
+    assert before(first) == []
+    none = (ctypes.c_void_p * 1)()
+    assert runtime.cudaStreamUpdateCaptureDependencies(stream, none, None, ctypes.c_size_t(0), 1) == 0
+    assert info()[2] == []
+    whole = ctypes.c_void_p()
+    assert runtime.cudaStreamEndCapture(stream, ctypes.byref(whole)) == 0 and whole.value == graph
+    assert before(last) == [first]
+    assert runtime.cudaGraphDestroy(whole) == 0
+
+
+@test
+def failed_calls_tell_those_who_listen():
+    driver = ctypes.CDLL("libcuda.so.1")
+    told = []
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
+    listen = kind(lambda data, level, text, size: told.append((data, level, text[:size].decode())))
+    handle, pointer = ctypes.c_void_p(), ctypes.c_uint64()
+    assert driver.cuLogsRegisterCallback(listen, ctypes.c_void_p(7), ctypes.byref(handle)) == 0
+    assert driver.cuMemFree_v2(ctypes.c_uint64(0xDEAD000)) == 1
+    ((data, level, text),) = told
+    assert (data, level) == (7, 0) and "0xdead000" in text, told
+    assert driver.cuLogsUnregisterCallback(handle) == 0
+    assert driver.cuMemFree_v2(ctypes.c_uint64(0xDEAD000)) == 1 and len(told) == 1
+    assert driver.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(MIB)) == 0
+    assert driver.cuMemFree_v2(pointer) == 0
+
+
+@test
+def the_management_library_agrees():
+    nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    assert nvml.nvmlInit_v2() == 0
+    count, device = ctypes.c_uint(), ctypes.c_void_p()
+    assert nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0 and count.value >= torch.cuda.device_count()
+    assert nvml.nvmlDeviceGetHandleByIndex_v2(count, ctypes.byref(device)) == 2, "one too many"
+    assert nvml.nvmlDeviceGetHandleByPciBusId_v2(b"00000000:01:00.0", ctypes.byref(device)) == 0
+    name, uuid = ctypes.create_string_buffer(96), ctypes.create_string_buffer(96)
+    assert nvml.nvmlDeviceGetName(device, name, 96) == 0 and nvml.nvmlDeviceGetUUID(device, uuid, 96) == 0
+    properties = torch.cuda.get_device_properties(0)
+    assert name.value.decode() == properties.name and uuid.value.decode() == f"GPU-{properties.uuid}", (name, uuid)
+    kept = torch.empty(16 * MIB, dtype=torch.uint8, device="cuda")
+    memory = (ctypes.c_uint64 * 3)()
+    assert nvml.nvmlDeviceGetMemoryInfo(device, memory) == 0
+    free, total = torch.cuda.mem_get_info()
+    assert list(memory) == [total, free, total - free] and kept.numel() <= memory[2], list(memory)
+    found, processes = ctypes.c_uint(0), (ctypes.c_uint64 * 2)()
+    assert nvml.nvmlDeviceGetComputeRunningProcesses(device, ctypes.byref(found), None) == 7 and found.value == 1
+    assert nvml.nvmlDeviceGetComputeRunningProcesses(device, ctypes.byref(found), processes) == 0
+    assert processes[0] & 0xFFFFFFFF == os.getpid() and processes[1] == total - free
+    assert nvml.nvmlDeviceGetGpuFabricInfoV(device, None) == 3
+
+
+@test
 def pools_are_apart():
     pool = torch.cuda.MemPool()
     with torch.cuda.use_mem_pool(pool):
@@ -317,6 +396,15 @@ torch.cuda.empty_cache()
 print(torch.cuda.memory_reserved())
 """
     assert python(script, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True") == "0"
+
+
+@test
+def other_processes_map_memory():
+    """Segments that expand are made of memory without an address, which goes to others as a file descriptor."""
+    command = [sys.executable, __file__, other_processes_open_memory.__name__]
+    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 @test

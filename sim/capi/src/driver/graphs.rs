@@ -5,7 +5,7 @@ use std::ptr::null_mut;
 
 use crate::entry::{entry_points, put};
 use crate::graphs::{self, CaptureAnswers};
-use crate::machine::{Handle, machine};
+use crate::machine::{Handle, chip, machine};
 
 entry_points! { driver;
     /// `cuStreamBeginCapture_v2`.
@@ -55,6 +55,20 @@ entry_points! { driver;
     fn cuStreamUpdateCaptureDependencies_v2(
         on: Handle, nodes: *mut Handle, _data: *mut c_void, count: usize, flags: c_uint,
     ) { graphs::update_capture_dependencies(on, nodes, count, flags) }
+
+    /// `cuDeviceGetGraphMemAttribute`: graphs here have no memory of their own.
+    fn cuDeviceGetGraphMemAttribute(device: c_int, attribute: c_int, value: *mut u64) {
+        graphs::memory_attribute(device, attribute)?;
+        put(value, 0)
+    }
+
+    /// `cuDeviceSetGraphMemAttribute`: sets high marks (1, 3) back.
+    fn cuDeviceSetGraphMemAttribute(device: c_int, attribute: c_int, _value: *const u64) {
+        graphs::memory_attribute(device, attribute)
+    }
+
+    /// `cuDeviceGraphMemTrim`.
+    fn cuDeviceGraphMemTrim(device: c_int) { chip(device).map(drop) }
 
     /// `cuGraphCreate`.
     fn cuGraphCreate(graph: *mut Handle, _flags: c_uint) { put(graph, machine()?.graph_create()?.0 as Handle) }

@@ -6,7 +6,7 @@ use std::ptr::null_mut;
 use crate::entry::{entry_points, put};
 use crate::errors::code;
 use crate::graphs::{self, CaptureAnswers};
-use crate::machine::{Handle, machine};
+use crate::machine::{Handle, chip, machine};
 
 type EdgeData = *mut c_void;
 
@@ -79,6 +79,20 @@ entry_points! { runtime;
     fn uvmsim_rt13_cudaStreamUpdateCaptureDependencies(
         on: Handle, nodes: *mut Handle, _data: EdgeData, count: usize, flags: c_uint,
     ) { graphs::update_capture_dependencies(on, nodes, count, flags) }
+
+    /// `cudaDeviceGetGraphMemAttribute`: graphs here have no memory of their own.
+    fn cudaDeviceGetGraphMemAttribute(device: c_int, attribute: c_int, value: *mut u64) {
+        graphs::memory_attribute(device, attribute)?;
+        put(value, 0)
+    }
+
+    /// `cudaDeviceSetGraphMemAttribute`: sets high marks (1, 3) back.
+    fn cudaDeviceSetGraphMemAttribute(device: c_int, attribute: c_int, _value: *const u64) {
+        graphs::memory_attribute(device, attribute)
+    }
+
+    /// `cudaDeviceGraphMemTrim`.
+    fn cudaDeviceGraphMemTrim(device: c_int) { chip(device).map(drop) }
 
     /// `cudaGraphCreate`.
     fn cudaGraphCreate(graph: *mut Handle, _flags: c_uint) { put(graph, machine()?.graph_create()?.0 as Handle) }
