@@ -77,11 +77,13 @@ pub struct CaptureAnswers {
 
 /// `cudaGraphEdgeData`, all zeros for the plain edges that there are here.
 type EdgeData = [u8; 8];
+/// Nodes, and the edges to them.
+type Dependencies = (Vec<Handle>, Vec<EdgeData>);
 
 thread_local! {
     /// The lists that `capture_info` gave last for each stream: CUDA's belong to the capture, and a caller may read them until
     /// the stream's next operation.
-    static DEPENDENCIES: RefCell<HashMap<u64, (Vec<Handle>, Vec<EdgeData>)>> = RefCell::default();
+    static DEPENDENCIES: RefCell<HashMap<u64, Dependencies>> = RefCell::default();
 }
 
 /// All forms of `…StreamGetCaptureInfo`.
