@@ -136,7 +136,8 @@ def test_memory_info() -> None:
     same(after.reserved, torch.cuda.memory_reserved())
     same(after.populated_device + after.populated_host + after.populated_unplaced, after.reserved)
     same(growth(before, after), {"populated_device": after.reserved})
-    same(before.free - after.free, after.reserved)
+    # The driver takes the device's memory in larger steps than it is populated in: the rest counts as not free.
+    assert after.reserved <= before.free - after.free < after.reserved + 64 * MIB, (before, after)
     for seed, tensor in enumerate(tensors):
         check(tensor, seed)
     lines = str(after).splitlines()
