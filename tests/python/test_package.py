@@ -243,7 +243,9 @@ def test_a_graph_in_a_placed_pool() -> None:
     with torch.cuda.graph(graph, pool=pool.id):
         result = torch.empty_like(given)
         result.copy_(given)
-    same(set(growth(before, torch_uvm.memory_info())), {"populated_host"})
+    grown = growth(before, torch_uvm.memory_info())
+    # PyTorch may keep a random generator's state for the graph, outside its pool.
+    assert grown.pop("populated_host") >= 30 * MIB and sum(grown.values()) <= 2 * MIB, grown
     graph.replay()
     check(result, 0)
     del result
