@@ -13,7 +13,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ureq::Agent;
 use ureq::tls::{PemItem, RootCerts, TlsConfig};
-use url::Url;
 
 use crate::process;
 use crate::python::Venv;
@@ -31,7 +30,8 @@ const BLOCK: u64 = 1 << 20;
 /// A package index in the form of PEP 503.
 pub struct Index {
     agent: Agent,
-    url: Url,
+    /// With a slash at its end.
+    url: String,
 }
 
 impl Index {
@@ -42,7 +42,7 @@ impl Index {
         let configured = || process::capture(&mut venv.pip(["config", "get", "global.index-url"])).ok();
         let url = variable.or_else(configured).unwrap_or_else(|| USUAL.to_owned());
         let url = format!("{}/", url.trim().trim_end_matches('/'));
-        let url = Url::parse(&url).with_context(|| format!("pip's index URL «{url}» is not a URL"))?;
+        ensure!(url.contains("://"), "pip's index «{url}» is not a URL");
         let tls = TlsConfig::builder().root_certs(root_certificates()?).build();
         let agent = Agent::config_builder().tls_config(tls).timeout_global(Some(PATIENCE)).build().new_agent();
         Ok(Self { agent, url })
@@ -50,18 +50,17 @@ impl Index {
 
     /// The first file of `package` whose name `wanted` accepts, opened for reading.
     pub fn open(&self, package: &str, wanted: impl Fn(&str) -> bool) -> Result<RemoteFile> {
-        let page = self.url.join(&format!("{package}/"))?;
-        let text = self.page(&page).with_context(|| format!("cannot read {page}"))?;
+        let page = format!("{}{package}/", self.url);
+        let shown = public(&page);
+        let text = self.page(&page).with_context(|| format!("cannot read {shown}"))?;
         let link = links(&text).find(|link| wanted(file_name(link)));
-        let link = link.with_context(|| format!("{page} does not list the file"))?;
-        let url = page.join(&link).with_context(|| format!("{page} lists {link}, which is not a URL"))?;
-        RemoteFile::open(self.agent.clone(), url)
+        let link = link.with_context(|| format!("{shown} does not list the file"))?;
+        RemoteFile::open(self.agent.clone(), joined(&page, &link))
     }
 
-    fn page(&self, page: &Url) -> Result<String> {
+    fn page(&self, page: &str) -> Result<String> {
         retried(|| {
-            let request =
-                self.agent.get(page.as_str()).header("Accept", "application/vnd.pypi.simple.v1+html, text/html");
+            let request = self.agent.get(page).header("Accept", "application/vnd.pypi.simple.v1+html, text/html");
             Ok(request.call()?.body_mut().with_config().limit(64 << 20).read_to_string()?)
         })
     }
@@ -124,18 +123,53 @@ fn file_name(link: &str) -> &str {
     path.rsplit('/').next().unwrap_or_default()
 }
 
+/// Where a link of a page leads to.
+fn joined(page: &str, link: &str) -> String {
+    let link = link.split('#').next().unwrap_or_default();
+    let scheme = page.find("://").map_or(0, |at| at + 1);
+    let host = page[scheme..].trim_start_matches('/').find('/').map_or(page.len(), |at| at + scheme + 2);
+    if link.contains("://") {
+        return link.to_owned();
+    }
+    if link.starts_with("//") {
+        return format!("{}{link}", &page[..scheme]);
+    }
+    let mut folders: Vec<_> = page[host..].split('/').collect();
+    folders.pop();
+    let mut link = link;
+    if link.starts_with('/') {
+        folders.clear();
+    }
+    while let Some(rest) = link.strip_prefix("../") {
+        link = rest;
+        if folders.len() > 1 {
+            folders.pop();
+        }
+    }
+    format!("{}{}/{}", &page[..host], folders.join("/"), link.trim_start_matches("./").trim_start_matches('/'))
+}
+
+/// A URL without what may be secret: a password before the host, a key behind the path.
+fn public(url: &str) -> String {
+    let url = url.split(['?', '#']).next().unwrap_or_default();
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let host = host.rsplit('@').next().unwrap_or_default();
+    format!("{scheme}://{host}/{path}")
+}
+
 /// A file on a web server, of which only the parts that are read are fetched, each once.
 #[derive(Debug)]
 pub struct RemoteFile {
     agent: Agent,
-    url: Url,
+    url: String,
     length: u64,
     position: u64,
     blocks: HashMap<u64, Vec<u8>>,
 }
 
 impl RemoteFile {
-    fn open(agent: Agent, url: Url) -> Result<Self> {
+    fn open(agent: Agent, url: String) -> Result<Self> {
         let mut file = Self { agent, url, length: 0, position: 0, blocks: HashMap::new() };
         // The end of a file says how long it is, and a zip archive is read from there.
         let (length, bytes) = file.fetch(&format!("bytes=-{BLOCK}"))?;
@@ -148,9 +182,9 @@ impl RemoteFile {
         Ok(file)
     }
 
-    /// Where it is, without what may be secret.
+    /// Where it is, for messages.
     pub fn name(&self) -> String {
-        format!("{}{}", self.url.host_str().unwrap_or_default(), self.url.path())
+        public(&self.url)
     }
 
     /// How many bytes were fetched.
@@ -161,7 +195,7 @@ impl RemoteFile {
     /// A range of bytes (as in the header `Range`), and how long the file is.
     fn fetch(&self, range: &str) -> Result<(u64, Vec<u8>)> {
         let fetch = || {
-            let mut response = self.agent.get(self.url.as_str()).header("Range", range).call()?;
+            let mut response = self.agent.get(&self.url).header("Range", range).call()?;
             ensure!(response.status() == 206, "the server gives whole files only (status {})", response.status());
             let total = response.headers().get("Content-Range").and_then(|value| value.to_str().ok());
             let total = total.and_then(|value| value.rsplit_once('/')?.1.parse().ok());
@@ -219,9 +253,9 @@ mod tests {
     use super::*;
 
     /// Serves `bytes`: parts of them where `ranges`. The first answer is an error of the server's, to be tried again.
-    fn serve(bytes: Vec<u8>, ranges: bool) -> Url {
+    fn serve(bytes: Vec<u8>, ranges: bool) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = Url::parse(&format!("http://{}/a/file.whl?key=secret", listener.local_addr().unwrap())).unwrap();
+        let url = format!("http://{}/a/file.whl?key=secret", listener.local_addr().unwrap());
         thread::spawn(move || {
             for (number, connection) in listener.incoming().enumerate() {
                 answer(connection.unwrap(), &bytes, ranges, number == 0);
@@ -306,5 +340,23 @@ mod tests {
         let found: Vec<_> = links(page).collect();
         assert_eq!(found, ["../../p/a/torch-1.whl#sha256=1", "https://h/t-2.whl?a=1&b=2"]);
         assert_eq!(found.iter().map(|link| file_name(link)).collect::<Vec<_>>(), ["torch-1.whl", "t-2.whl"]);
+    }
+
+    #[test]
+    fn links_lead_from_their_page() {
+        let page = "https://user:word@host/a/simple/torch/";
+        for (link, expected) in [
+            ("https://files/p/t.whl#sha256=1", "https://files/p/t.whl"),
+            ("//files/t.whl", "https://files/t.whl"),
+            ("/p/t.whl?k=1", "https://user:word@host/p/t.whl?k=1"),
+            ("t.whl", "https://user:word@host/a/simple/torch/t.whl"),
+            ("./t.whl", "https://user:word@host/a/simple/torch/t.whl"),
+            ("../../p/t.whl", "https://user:word@host/a/p/t.whl"),
+            ("../../../../../p/t.whl", "https://user:word@host/p/t.whl"),
+        ] {
+            assert_eq!(joined(page, link), expected, "{link}");
+        }
+        assert_eq!(public(page), "https://host/a/simple/torch/");
+        assert_eq!(public("http://h/p?key=secret"), "http://h/p");
     }
 }
