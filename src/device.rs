@@ -287,7 +287,8 @@ impl DeviceState {
 
     #[cold]
     fn captured_pool(&self, stream: Stream) -> PoolId {
-        self.captures.iter().find(|c| (c.filter)(stream)).map_or(PoolId::DEFAULT, |c| c.pool)
+        // The innermost of nested pools.
+        self.captures.iter().rev().find(|c| (c.filter)(stream)).map_or(PoolId::DEFAULT, |c| c.pool)
     }
 
     /// The best fitting free block of the request's list, still in it.
