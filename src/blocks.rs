@@ -39,6 +39,8 @@ pub enum BlockState {
     Allocated,
     /// Freed by the program, but streams it was recorded on may still use it.
     Pending,
+    /// A hole in a growing segment: whole pages whose contents were discarded. In no free list; neighbours are merged.
+    Vacant,
 }
 
 /// A range of bytes inside one segment. Fits in one cache line: the hot path touches a few of them.
@@ -192,9 +194,13 @@ impl Blocks {
         before
     }
 
-    /// Forgets the only block of a segment.
+    /// Forgets the last block of a segment (in no free list).
     pub fn discard(&mut self, id: BlockId) {
-        debug_assert!(!self[id].prev.is_some() && !self[id].next.is_some());
+        let Block { prev, next, .. } = self[id];
+        debug_assert!(!next.is_some());
+        if prev.is_some() {
+            self[prev].next = BlockId::NONE;
+        }
         self.unused.push(id);
     }
 

@@ -238,6 +238,7 @@ mod tests {
             pageable_memory_access: true,
             host_page_tables: true,
             direct_host_access: true,
+            discard: false,
             integrated,
             host_numa_node: None,
         }

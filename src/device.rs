@@ -716,13 +716,13 @@ impl DeviceState {
         }
     }
 
-    /// The segment of a live allocation: its first byte and its populated bytes.
+    /// The segment of a live allocation: its first byte and the bytes that its blocks fill.
     ///
     /// # Errors
     /// [`Error::InvalidPointer`].
     pub fn base_allocation(&self, ptr: DevicePtr) -> Result<(DevicePtr, u64)> {
         let segment = self.segment(self.blocks[self.find(ptr)?].segment);
-        Ok((segment.base, segment.populated))
+        Ok((segment.base, segment.filled))
     }
 
     /// The IPC handle of an allocation's segment, and the allocation's offset in it in bytes.
@@ -930,7 +930,7 @@ impl DeviceState {
         let segment = self
             .segments
             .iter()
-            .position(|segment| segment.as_ref().is_some_and(|segment| inside(segment.base.0, segment.populated)))?;
+            .position(|segment| segment.as_ref().is_some_and(|segment| inside(segment.base.0, segment.filled)))?;
         self.blocks_of(SegmentId(segment as u32)).into_iter().find(|&id| {
             let block = &self.blocks[id];
             block.state == BlockState::Allocated && inside(block.address, block.bytes)

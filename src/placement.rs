@@ -58,6 +58,26 @@ pub fn advice(place: Place, device: DeviceIndex, info: &DeviceInfo) -> Vec<Advic
     }
 }
 
+/// Where memory of a place is meant to be, if anywhere.
+pub fn home(place: Place, device: DeviceIndex, info: &DeviceInfo) -> Option<Location> {
+    match place {
+        Place::Device => Some(Location::Device(device)),
+        Place::Host => Some(host(info)),
+        Place::Unplaced => None,
+    }
+}
+
+/// Whether the free end of a growing segment can be given back without the rest: by discarding it. Then what was discarded
+/// must be populated before it is used again. Of memory that the host holds nothing would come back: the driver keeps its
+/// pages, and only on the device it takes them for others.
+pub fn can_shrink(place: Place, info: &DeviceInfo, options: &Options) -> bool {
+    info.discard
+        && !info.integrated
+        && place == Place::Device
+        && options.prefetch
+        && options.prefetch_threshold.is_none()
+}
+
 /// Where to populate a range ahead of its use, if at all. `request` is the program's request in bytes.
 pub fn population(
     place: Place,
@@ -69,11 +89,7 @@ pub fn population(
     if !options.prefetch || options.prefetch_threshold.is_some_and(|threshold| request >= threshold) {
         return None;
     }
-    match place {
-        Place::Device => Some(Location::Device(device)),
-        Place::Host => Some(host(info)),
-        Place::Unplaced => None,
-    }
+    home(place, device, info)
 }
 
 #[cfg(test)]
@@ -89,6 +105,7 @@ mod tests {
             pageable_memory_access: host_page_tables,
             host_page_tables,
             direct_host_access: host_page_tables,
+            discard: true,
             integrated: false,
             host_numa_node: Some(1),
         }
@@ -131,5 +148,13 @@ mod tests {
         let off = Options { prefetch: false, ..Options::default() };
         assert_eq!(at(&off, 1), None);
         assert_eq!(population(Place::Unplaced, 0, &info(false), &options, 1), None);
+        // What would not be populated again must not be discarded.
+        let shrinks = |place, options: &Options| can_shrink(place, &info(false), options);
+        assert!(shrinks(Place::Device, &options));
+        assert!(!shrinks(Place::Device, &threshold) && !shrinks(Place::Device, &off));
+        assert!(!shrinks(Place::Host, &options) && !shrinks(Place::Unplaced, &options));
+        for lacking in [DeviceInfo { discard: false, ..info(false) }, DeviceInfo { integrated: true, ..info(false) }] {
+            assert!(!can_shrink(Place::Device, &lacking, &options));
+        }
     }
 }

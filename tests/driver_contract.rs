@@ -24,6 +24,7 @@ macro_rules! contract {
                 every_call_in_every_situation
                 the_capture_mode_belongs_to_a_thread
                 a_segment_grows_inside_a_capture
+                discarding_while_a_stream_captures
                 an_invalidated_capture_is_told_at_its_end
                 an_invalidated_capture_can_be_ended_and_repeated
             ]
@@ -33,6 +34,8 @@ macro_rules! contract {
                 managed_memory_holds_nothing_until_populated
                 a_range_grows_in_steps
                 bytes_survive_moves
+                discarded_memory_is_used_again
+                bad_discards_are_told
                 every_advice_can_be_given_and_taken_back
                 host_memory_is_told
                 devices_are_described
@@ -49,6 +52,7 @@ macro_rules! contract {
                 freeing_waits_for_the_device
                 other_calls_do_not_wait
                 a_prefetch_is_ordered_on_its_stream
+                a_discard_is_ordered_on_its_stream
                 streams_are_independent
                 threads_keep_their_context
                 frequent_calls_take_microseconds

@@ -71,6 +71,10 @@ impl Driver for SimDriver {
         Ok(self.machine.prefetch(device, range, to, stream)?)
     }
 
+    fn discard(&self, device: DeviceIndex, range: Range, stream: Stream) -> Result<()> {
+        Ok(self.machine.discard(device, &[range], stream)?)
+    }
+
     fn stream_create(&self, device: DeviceIndex) -> Result<Stream> {
         Ok(self.machine.stream_create(device, true, 0)?)
     }

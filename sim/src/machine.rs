@@ -585,6 +585,9 @@ impl Session<'_> {
         for &range in ranges {
             self.managed_base(range)?;
         }
+        if !self.config.profile.device_info().discard {
+            return Err(fail(Code::NOT_SUPPORTED, "the driver or the device cannot discard managed memory"));
+        }
         self.check_location(to.unwrap_or(Location::Device(device)))?;
         let key = self.stream_key(device, stream)?;
         if self.stream(key)?.legacy {

@@ -138,6 +138,8 @@ pub struct Profile {
     pub threads_per_multiprocessor: i32,
     /// `CONCURRENT_MANAGED_ACCESS`.
     pub concurrent_managed_access: bool,
+    /// The driver can discard managed memory (from CUDA 13.0); needs concurrent managed access.
+    pub discard: bool,
     /// `PAGEABLE_MEMORY_ACCESS`.
     pub pageable_memory_access: bool,
     /// `PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES`.
@@ -192,6 +194,7 @@ impl Profile {
             shared_memory_per_multiprocessor: 228 << 10,
             threads_per_multiprocessor: 2048,
             concurrent_managed_access: true,
+            discard: true,
             pageable_memory_access: false,
             host_page_tables: false,
             direct_host_access: false,
@@ -268,6 +271,7 @@ impl Profile {
             total_memory: self.device_memory,
             managed_memory: true,
             concurrent_managed_access: self.concurrent_managed_access,
+            discard: self.discard && self.concurrent_managed_access,
             pageable_memory_access: self.pageable_memory_access,
             host_page_tables: self.host_page_tables,
             direct_host_access: self.direct_host_access,
@@ -383,6 +387,13 @@ impl Config {
     #[must_use]
     pub fn concurrent_managed_access(mut self, on: bool) -> Config {
         self.profile.concurrent_managed_access = on;
+        self
+    }
+
+    /// Switches discarding on or off (off: as with drivers before CUDA 13.0).
+    #[must_use]
+    pub fn discard(mut self, on: bool) -> Config {
+        self.profile.discard = on;
         self
     }
 

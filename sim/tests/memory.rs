@@ -240,6 +240,11 @@ fn discarded_memory_loses_its_bytes_and_is_slow_until_prefetched() {
     m.stream_synchronize(0, stream).unwrap();
     assert_eq!(m.counters().slow_discard_writes, 2 * MIB);
     assert_eq!(m.discard(0, &[all(a, 8 * MIB)], Stream(0)).unwrap_err().code, Code::INVALID_VALUE);
+    for config in [Config::small_gh200().discard(false), Config::small_gh200().concurrent_managed_access(false)] {
+        let m = Machine::new(config);
+        let (a, stream) = (m.alloc_managed(0, 8 * MIB).unwrap(), m.stream_create(0, true, 0).unwrap());
+        assert_eq!(m.discard(0, &[all(a, 8 * MIB)], stream).unwrap_err().code, Code::NOT_SUPPORTED);
+    }
 }
 
 #[test]

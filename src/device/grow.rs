@@ -4,7 +4,7 @@
 //! fails half-way is undone before the error is reported: the books change only when CUDA has agreed.
 
 use super::{DeviceState, Request};
-use crate::blocks::{BlockId, BlockState, ListId};
+use crate::blocks::{Block, BlockId, BlockState, ListId};
 use crate::budget::{Exceeded, MemoryInfo};
 use crate::driver::{CaptureMode, DevicePtr, Driver, DriverError, ErrorKind, Range, Stream};
 use crate::error::{Error, Limit, OutOfMemory, Result};
@@ -18,6 +18,20 @@ use std::sync::Arc;
 
 /// Requests from here on are refused without asking anyone (c10's limit: one exbibyte).
 pub const REQUEST_LIMIT: u64 = 1 << 60;
+
+/// Where a growing segment can be populated further for a request.
+#[derive(Clone, Copy)]
+struct Growth {
+    segment: SegmentId,
+    /// In this hole; else at its end.
+    hole: Option<BlockId>,
+    /// How many bytes the request needs there.
+    missing: u64,
+    /// Where, in bytes from the segment's start.
+    offset: u64,
+    /// How many bytes can be populated there.
+    room: u64,
+}
 
 /// Memory, or why there is none.
 type Obtained = std::result::Result<BlockId, Exceeded>;
@@ -130,14 +144,14 @@ impl DeviceState {
             return Ok(Err(self.budget.capacity(&self.populated, None)));
         }
         let custom = self.pools[self.pools[request.list].pool].custom;
-        let step = population_step(request.rounded, request.rounded, &self.native);
+        let step = population_step(request.rounded, request.rounded, 0, &self.native);
         let pattern = self.pools[self.pools[request.list].pool].placement.unwrap_or(self.options.access_pattern);
         let plan = placement::plan(pattern, self.populated.device, step, self.budget.device_limit());
         if let Some(custom) = custom {
             return self.fixed_segment(request, Memory::Custom(custom), Place::Unplaced, step, context);
         }
         if plan.place == Place::Device {
-            self.relieve(step, context)?;
+            self.relieve(step, request, context)?;
         }
         // A private pool lives as long as its graphs and is brought back to checkpoints segment by segment; what PyTorch knows
         // of it, it knows of segments like `native`'s.
@@ -145,15 +159,19 @@ impl DeviceState {
         if plan.memory == Memory::Device || private || request.rounded >= self.native.max_split_size {
             return self.fixed_segment(request, plan.memory, plan.place, step, context);
         }
-        let grows = self.segment_with_room(request, plan.place);
-        let (step, missing) = match grows {
-            Some((segment, missing)) => {
-                (population_step(request.rounded, missing, &self.native).min(self.segment(segment).room()), missing)
+        let grows = match (self.hole_that_fits(request, plan.place), self.segment_with_room(request, plan.place)) {
+            (Some(hole), Some(end)) => Some(if hole.missing <= end.missing { hole } else { end }),
+            (hole, end) => hole.or(end),
+        };
+        let (step, missing) = match &grows {
+            Some(Growth { missing, offset, room, .. }) => {
+                (population_step(request.rounded, *missing, *offset, &self.native).min(*room), *missing)
             }
             None => (step, request.rounded),
         };
         let populate = |state: &mut Self, bytes| match grows {
-            Some((segment, _)) => state.grow(segment, bytes, request, context),
+            Some(Growth { segment, hole: None, .. }) => state.grow(segment, bytes, request, context),
+            Some(Growth { hole: Some(hole), .. }) => state.fill_hole(hole, bytes, request, context),
             None => state.growing_segment(request, plan.place, bytes, context),
         };
         // Close to a limit the step may be too much where the request itself is not.
@@ -164,20 +182,47 @@ impl DeviceState {
         }
     }
 
-    /// The growing segment of the request's list that lacks least, and how much it lacks.
-    fn segment_with_room(&self, request: &Request, place: Place) -> Option<(SegmentId, u64)> {
-        let candidates = self.growing.get(&request.list)?;
-        candidates
+    /// The growing segment of the request's list that lacks least at its end.
+    fn segment_with_room(&self, request: &Request, place: Place) -> Option<Growth> {
+        self.growing
+            .get(&request.list)?
             .iter()
             .map(|&id| {
                 let segment = self.segment(id);
                 let last = &self.blocks[segment.last];
                 let tail = if last.state == BlockState::Free { last.bytes } else { 0 };
-                (id, segment, request.rounded.saturating_sub(tail))
+                let missing = request.rounded.saturating_sub(tail);
+                Growth { segment: id, hole: None, missing, offset: segment.filled, room: segment.room() }
             })
-            .filter(|(_, segment, missing)| *missing > 0 && segment.place == place && *missing <= segment.room())
-            .min_by_key(|(_, _, missing)| *missing)
-            .map(|(id, _, missing)| (id, missing))
+            .filter(|growth| self.segment(growth.segment).place == place)
+            .filter(|growth| growth.missing > 0 && growth.missing <= growth.room)
+            .min_by_key(|growth| growth.missing)
+    }
+
+    /// The hole in a growing segment of the request's list that would serve it, with the free memory on both sides, for
+    /// the fewest bytes.
+    fn hole_that_fits(&self, request: &Request, place: Place) -> Option<Growth> {
+        let with_holes = self.growing.get(&request.list)?.iter().copied().filter(|&id| {
+            let segment = self.segment(id);
+            segment.vacant > 0 && segment.place == place
+        });
+        let free = |id: BlockId| match id {
+            BlockId::NONE => 0,
+            id if self.blocks[id].state == BlockState::Free => self.blocks[id].bytes,
+            _ => 0,
+        };
+        with_holes
+            .flat_map(|id| self.blocks_of(id).into_iter().map(move |block| (id, block)))
+            .filter(|&(_, block)| self.blocks[block].state == BlockState::Vacant)
+            .filter_map(|(segment, hole)| {
+                let Block { address, bytes: room, prev, next, .. } = self.blocks[hole];
+                // Populated from its start.
+                let missing = request.rounded.saturating_sub(free(prev));
+                let fits = missing > 0 && missing <= room + free(next);
+                let offset = address - self.segment(segment).base.0;
+                fits.then_some(Growth { segment, hole: Some(hole), missing: missing.min(room), offset, room })
+            })
+            .min_by_key(|growth| growth.missing)
     }
 
     /// Whether the limits allow `bytes` more in `place`.
@@ -201,14 +246,15 @@ impl DeviceState {
     ) -> Result<std::result::Result<(), Exceeded>> {
         let segment = self.segment(id);
         let (place, last, list) = (segment.place, segment.last, segment.list);
-        let start = segment.base.offset(segment.populated);
+        let start = segment.base.offset(segment.filled);
+        let discarded = segment.discarded_end() > 0;
         if let Err(exceeded) = self.admit(place, bytes)? {
             return Ok(Err(exceeded));
         }
-        if let Err(error) = self.populate(Range { ptr: start, bytes }, place, request) {
+        if let Err(error) = self.populate(Range { ptr: start, bytes }, place, discarded, request) {
             return self.shortage(error);
         }
-        self.segment_mut(id).populated += bytes;
+        self.segment_mut(id).filled += bytes;
         self.populated.add(place, bytes);
         if self.blocks[last].state == BlockState::Free {
             let free = &mut self.pools[list].free;
@@ -225,6 +271,31 @@ impl DeviceState {
         Ok(Ok(()))
     }
 
+    /// Populates the first `bytes` of a hole.
+    fn fill_hole(
+        &mut self,
+        hole: BlockId,
+        bytes: u64,
+        request: &Request,
+        context: &Option<Context>,
+    ) -> Result<std::result::Result<(), Exceeded>> {
+        let Block { address, bytes: hole_bytes, segment: id, list, .. } = self.blocks[hole];
+        let place = self.segment(id).place;
+        if let Err(exceeded) = self.admit(place, bytes)? {
+            return Ok(Err(exceeded));
+        }
+        if let Err(error) = self.populate(Range { ptr: DevicePtr(address), bytes }, place, true, request) {
+            return self.shortage(error);
+        }
+        let filled = if bytes < hole_bytes { self.blocks.split_front(hole, bytes) } else { hole };
+        self.put_back(filled);
+        self.segment_mut(id).vacant -= bytes;
+        self.populated.add(place, bytes);
+        self.count_reserved(list, bytes);
+        self.trace_segment(Action::SegmentMap, id, address, bytes, context.clone());
+        Ok(Ok(()))
+    }
+
     /// Makes a growing segment and populates its first `bytes`.
     fn growing_segment(
         &mut self,
@@ -236,7 +307,8 @@ impl DeviceState {
         if let Err(exceeded) = self.admit(place, bytes)? {
             return Ok(Err(exceeded));
         }
-        let range = range_bytes(request.rounded);
+        let shrinks = placement::can_shrink(place, &self.info, &self.options);
+        let range = range_bytes(request.rounded, shrinks.then_some(self.info.total_memory));
         let base = match self.managed_range(range, bytes, place, request) {
             Ok(base) => base,
             Err(error) => return self.shortage(error),
@@ -286,7 +358,7 @@ impl DeviceState {
         let prepared = placement::advice(place, self.device, &self.info)
             .into_iter()
             .try_for_each(|advice| self.driver.advise(self.device, range, advice))
-            .and_then(|()| self.populate(Range { ptr: base, bytes: populate }, place, request));
+            .and_then(|()| self.populate(Range { ptr: base, bytes: populate }, place, false, request));
         if let Err(error) = prepared {
             self.abandon(base);
             return Err(error);
@@ -294,9 +366,21 @@ impl DeviceState {
         Ok(base)
     }
 
-    /// Populates a range ahead of its use, in the order of the requesting stream where that is legal.
-    fn populate(&mut self, range: Range, place: Place, request: &Request) -> crate::driver::Result<()> {
-        let Some(to) = placement::population(place, self.device, &self.info, &self.options, request.bytes) else {
+    /// Populates a range ahead of its use, in the order of the requesting stream where that is legal. One that was
+    /// discarded is populated whatever the options say now.
+    fn populate(
+        &mut self,
+        range: Range,
+        place: Place,
+        discarded: bool,
+        request: &Request,
+    ) -> crate::driver::Result<()> {
+        let to = if discarded {
+            placement::home(place, self.device, &self.info)
+        } else {
+            placement::population(place, self.device, &self.info, &self.options, request.bytes)
+        };
+        let Some(to) = to else {
             return Ok(());
         };
         let driver = Arc::clone(&self.driver);
@@ -309,12 +393,17 @@ impl DeviceState {
         if !capturing {
             return driver.prefetch(self.device, range, to, request.stream);
         }
-        let side = match self.side_stream {
-            Some(side) => side,
-            None => *self.side_stream.insert(driver.stream_create(self.device)?),
-        };
+        let side = self.side_stream()?;
         driver.prefetch(self.device, range, to, side)?;
         driver.stream_synchronize(self.device, side)
+    }
+
+    /// The stream for what cannot run on the program's.
+    fn side_stream(&mut self) -> crate::driver::Result<Stream> {
+        match self.side_stream {
+            Some(side) => Ok(side),
+            None => Ok(*self.side_stream.insert(self.driver.stream_create(self.device)?)),
+        }
     }
 
     /// Gives an unused address range back. One that CUDA will not take now is tried again later.
@@ -344,7 +433,9 @@ impl DeviceState {
         self.segments[slot] = Some(Segment {
             base,
             range_bytes,
-            populated,
+            filled: populated,
+            vacant: 0,
+            discarded: 0,
             growing,
             memory,
             place,
@@ -398,23 +489,37 @@ impl DeviceState {
 
     /// Gives one wholly free segment back to CUDA.
     fn release_segment(&mut self, id: SegmentId, context: &Option<Context>) -> Result<()> {
-        let segment = self.segment(id);
-        let (base, populated, list, last) = (segment.base, segment.populated, segment.list, segment.last);
-        let (growing, memory, place) = (segment.growing, segment.memory, segment.place);
-        let oversize = segment.oversize;
+        let Segment { base, list, growing, memory, place, oversize, .. } = *self.segment(id);
+        let populated = self.segment(id).populated();
         let (freed, kept) = if growing {
             (Action::SegmentUnmap, Action::SegmentMap)
         } else {
             (Action::SegmentFree, Action::SegmentAlloc)
         };
+        // All of it free, with holes or without.
+        let blocks = self.blocks_of(id);
+        let parts: Vec<(u64, u64)> = blocks
+            .iter()
+            .map(|&block| &self.blocks[block])
+            .filter(|block| block.state == BlockState::Free)
+            .map(|block| (block.address, block.bytes))
+            .collect();
         // Trackers (NCCL's registrations) must let go of the memory before it goes.
-        self.trace_segment(freed, id, base.0, populated, context.clone());
+        for &(address, bytes) in &parts {
+            self.trace_segment(freed, id, address, bytes, context.clone());
+        }
         if let Err(error) = self.give_back(memory, base) {
-            self.trace_segment(kept, id, base.0, populated, context.clone());
+            for &(address, bytes) in &parts {
+                self.trace_segment(kept, id, address, bytes, context.clone());
+            }
             return Err(error.into());
         }
-        self.pools[list].free.remove(&mut self.blocks, last);
-        self.blocks.discard(last);
+        for block in blocks.into_iter().rev() {
+            if self.blocks[block].state == BlockState::Free {
+                self.pools[list].free.remove(&mut self.blocks, block);
+            }
+            self.blocks.discard(block);
+        }
         self.populated.sub(place, populated);
         let (small, pool) = (self.pools[list].small, self.pools[list].pool);
         self.pools[pool].segments -= 1;
@@ -443,14 +548,133 @@ impl DeviceState {
         }
     }
 
-    /// The wholly free segments of a pool, with their bytes.
+    /// The wholly free segments of a pool, with their populated bytes.
     fn releasable(&self, pool: PoolId) -> Vec<(SegmentId, u64)> {
-        self.pools
+        let whole = self
+            .pools
             .lists_of(pool)
             .flat_map(|list| self.pools[list].free.iter(&self.blocks))
             .filter(|&block| !self.blocks.is_split(block))
-            .map(|block| (self.blocks[block].segment, self.blocks[block].bytes))
+            .map(|block| self.blocks[block].segment);
+        let with_holes = self.growing_of(pool).filter(|&id| self.segment(id).vacant > 0 && !self.in_use(id));
+        whole.chain(with_holes).map(|id| (id, self.segment(id).populated())).collect()
+    }
+
+    /// The growing segments of a pool.
+    fn growing_of(&self, pool: PoolId) -> impl Iterator<Item = SegmentId> + '_ {
+        self.pools.lists_of(pool).filter_map(|list| self.growing.get(&list)).flatten().copied()
+    }
+
+    /// Whether the program, or a stream, still uses some of a segment.
+    fn in_use(&self, id: SegmentId) -> bool {
+        let used = |state| matches!(state, BlockState::Allocated | BlockState::Pending);
+        self.blocks_of(id).into_iter().any(|block| used(self.blocks[block].state))
+    }
+
+    /// The free pages of a pool that can be given back alone, since their segments are in use otherwise: their blocks, and
+    /// how many bytes of each.
+    fn vacatable(&self, pool: PoolId) -> Vec<(BlockId, u64)> {
+        self.growing_of(pool)
+            .filter(|&id| placement::can_shrink(self.segment(id).place, &self.info, &self.options) && self.in_use(id))
+            .flat_map(|id| self.blocks_of(id))
+            .filter(|&block| self.blocks[block].state == BlockState::Free)
+            .map(|block| (block, self.whole_pages(block).1))
+            .filter(|&(_, bytes)| bytes > 0)
             .collect()
+    }
+
+    /// The whole pages inside a block of a growing segment (which begins at one): where they begin, in bytes from the
+    /// block's start, and how many bytes they are.
+    fn whole_pages(&self, block: BlockId) -> (u64, u64) {
+        let Block { address, bytes, .. } = self.blocks[block];
+        let first = address.next_multiple_of(SMALL_STEP);
+        let end = (address + bytes) / SMALL_STEP * SMALL_STEP;
+        (first - address, end.saturating_sub(first))
+    }
+
+    /// Gives the whole pages of free blocks back; an error does not keep the others.
+    fn vacate_all(&mut self, free: Vec<(BlockId, u64)>, context: &Option<Context>) -> Result<()> {
+        if free.is_empty() {
+            return Ok(());
+        }
+        self.wait_for_device()?;
+        let mut first = Ok(());
+        for (block, _) in free {
+            let vacated = self.vacate(block, context);
+            first = first.and(vacated);
+        }
+        first
+    }
+
+    /// Waits for all work on the device. Making and freeing an empty range takes microseconds, and waits also where some
+    /// stream captures, which synchronising the device would spoil; and the program may have destroyed the streams that used
+    /// cached memory.
+    fn wait_for_device(&mut self) -> crate::driver::Result<()> {
+        let empty = self.driver.alloc_managed(self.device, SMALL_STEP)?;
+        let freed = self.driver.free(self.device, empty);
+        if freed.is_err() {
+            self.orphans.push(empty);
+        }
+        freed
+    }
+
+    /// Gives the whole pages of a free block back that no stream uses any more: discards them. The address space stays, as a
+    /// hole or beyond the segment's end, and is populated as if it were new before it is used again.
+    fn vacate(&mut self, block: BlockId, context: &Option<Context>) -> Result<()> {
+        let (before, bytes) = self.whole_pages(block);
+        let Block { address, bytes: block_bytes, segment: id, list, .. } = self.blocks[block];
+        let start = DevicePtr(address + before);
+        // As before a whole segment goes.
+        self.trace_segment(Action::SegmentUnmap, id, start.0, bytes, context.clone());
+        let discarded = self.side_stream().and_then(|side| {
+            self.driver.discard(self.device, Range { ptr: start, bytes }, side)?;
+            // Whatever stream populates and uses these bytes next comes after.
+            self.driver.stream_synchronize(self.device, side)
+        });
+        if let Err(error) = discarded {
+            self.trace_segment(Action::SegmentMap, id, start.0, bytes, context.clone());
+            return Err(error.into());
+        }
+
+        let free = &mut self.pools[list].free;
+        free.remove(&mut self.blocks, block);
+        if before > 0 {
+            let front = self.blocks.split_front(block, before);
+            free.insert(&mut self.blocks, front);
+        }
+        let mut hole = block;
+        if before + bytes < block_bytes {
+            hole = self.blocks.split_front(block, bytes);
+            free.insert(&mut self.blocks, block);
+        }
+        self.blocks[hole].state = BlockState::Vacant;
+        let Block { prev, next, .. } = self.blocks[hole];
+        let vacant = |id: BlockId, state: &Self| id.is_some() && state.blocks[id].state == BlockState::Vacant;
+        if vacant(next, self) {
+            self.blocks.merge_up(hole, next);
+            hole = next;
+        }
+        if vacant(prev, self) {
+            self.blocks.merge_down(hole, prev);
+            hole = prev;
+        }
+        let Block { bytes: hole_bytes, prev, next, .. } = self.blocks[hole];
+        let at_end = !next.is_some();
+        if at_end {
+            self.blocks.discard(hole);
+        }
+        let place = self.segment(id).place;
+        let segment = self.segment_mut(id);
+        segment.vacant += bytes;
+        if at_end {
+            segment.discarded = segment.discarded.max(segment.filled);
+            segment.filled -= hole_bytes;
+            segment.vacant -= hole_bytes;
+            segment.last = prev;
+        }
+        self.populated.sub(place, bytes);
+        self.count_unreserved(list, bytes);
+        Ok(())
     }
 
     /// Gives segments back one after the other; an error does not keep the others.
@@ -463,8 +687,14 @@ impl DeviceState {
         first
     }
 
-    /// Gives all wholly free segments back: those of the default pool and of pools that nobody holds, or
-    /// only those of one such pool. Nothing while a CUDA graph is captured or a MemPool is in use, as `native`: giving
+    /// Gives what is free in a pool back: wholly free segments, and the free pages of others.
+    fn release_free(&mut self, pool: PoolId, context: &Option<Context>) -> Result<()> {
+        let released = self.release_all(self.releasable(pool), context);
+        released.and(self.vacate_all(self.vacatable(pool), context))
+    }
+
+    /// Gives all wholly free segments back, and the free pages of others: those of the default pool and of pools that nobody
+    /// holds, or only those of one such pool. Nothing while a CUDA graph is captured or a MemPool is in use, as `native`: giving
     /// memory back waits for the device, which no capture survives.
     ///
     /// # Errors
@@ -486,15 +716,15 @@ impl DeviceState {
         let mut first = Ok(());
         if mempool == DEFAULT_POOL {
             self.synchronize_events(None)?;
-            let releasable = self.releasable(PoolId::DEFAULT);
-            first = first.and(self.release_all(releasable, context));
+            let released = self.release_free(PoolId::DEFAULT, context);
+            first = first.and(released);
         }
         for pool in freeable {
             if mempool != DEFAULT_POOL {
                 self.synchronize_events(Some(pool))?;
             }
-            let releasable = self.releasable(pool);
-            first = first.and(self.release_all(releasable, context));
+            let released = self.release_free(pool, context);
+            first = first.and(released);
             if self.pools[pool].segments == 0 {
                 self.hooks.pool_forgotten(self.device, self.pools[pool].id);
                 self.pools.forget(pool);
@@ -507,8 +737,8 @@ impl DeviceState {
     }
 
     /// Stage 1 of reclamation: when the device is nearly full, wholly free segments on it are given back before it is
-    /// populated further.
-    fn relieve(&mut self, bytes: u64, context: &Option<Context>) -> Result<()> {
+    /// populated further for a request, then the free pages of others.
+    fn relieve(&mut self, bytes: u64, request: &Request, context: &Option<Context>) -> Result<()> {
         let limit = self.budget.device_limit();
         let keep = ((self.options.stage1_threshold * limit as f64) as u64).max(self.options.stage1_min_bytes);
         let wanted = self.populated.device.saturating_add(bytes).saturating_add(keep);
@@ -528,7 +758,17 @@ impl DeviceState {
             self.release_segment(id, context)?;
             excess = excess.saturating_sub(bytes);
         }
-        Ok(())
+        if excess == 0 {
+            return Ok(());
+        }
+        let mut pages = self.vacatable(PoolId::DEFAULT);
+        // Those of the request's own list would only be populated again for it.
+        pages.retain(|&(block, bytes)| {
+            let taken = excess > 0 && self.blocks[block].list != request.list;
+            excess = excess.saturating_sub(if taken { bytes } else { 0 });
+            taken
+        });
+        self.vacate_all(pages, context)
     }
 
     /// `max_split_size_mb`: gives oversize segments back until the request would fit in their place. Answers
@@ -601,7 +841,7 @@ impl DeviceState {
 
     /// Describes a request that could not be served, and counts it.
     fn out_of_memory(&mut self, request: &Request, exceeded: Exceeded, context: Option<Context>) -> Error {
-        let requested = population_step(request.rounded, request.rounded, &self.native);
+        let requested = population_step(request.rounded, request.rounded, 0, &self.native);
         let memory = self.driver.device_memory(self.device);
         let host = self.driver.host_memory();
         let (device_free, device_total) =
@@ -645,8 +885,10 @@ impl DeviceState {
         let device = self.driver.device_memory(self.device)?;
         let host = self.driver.host_memory()?;
         let capacity = self.budget.capacity(&self.populated, Some(&host)).capacity;
-        // Other processes, CUDA's context, the program's own cudaMalloc.
-        let others = (device.total - device.free.min(device.total)).saturating_sub(self.populated.device);
+        // Other processes, CUDA's context, the program's own cudaMalloc. What was discarded is not free to CUDA, but to us.
+        let discarded: u64 =
+            self.segments.iter().flatten().map(|segment| segment.vacant + segment.discarded_end()).sum();
+        let others = (device.total - device.free.min(device.total)).saturating_sub(self.populated.device + discarded);
         Ok(MemoryInfo {
             capacity,
             free: capacity.saturating_sub(self.populated.total()).saturating_sub(others),

@@ -6,7 +6,7 @@ use crate::budget::Populated;
 use crate::driver::{DeviceIndex, Stream};
 use crate::history::{Action, Context, TraceEntry};
 use crate::pools::{DEFAULT_POOL, MempoolId};
-use crate::segments::SegmentId;
+use crate::segments::{SMALL_STEP, SegmentId};
 use std::collections::HashSet;
 
 /// One block of a segment (`c10::cuda::CUDACachingAllocator::BlockInfo`).
@@ -24,7 +24,7 @@ pub struct BlockInfo {
     pub context: Option<Context>,
 }
 
-/// One segment's populated part (`c10::cuda::CUDACachingAllocator::SegmentInfo`).
+/// A segment, or the part of one between holes (`c10::cuda::CUDACachingAllocator::SegmentInfo`).
 #[derive(Clone)]
 pub struct SegmentInfo {
     /// On which device.
@@ -63,7 +63,7 @@ impl DeviceState {
                     mempool == DEFAULT_POOL || self.pools[self.pools[segment.list].pool].id == mempool
                 })
             })
-            .map(|id| self.segment_info(id))
+            .flat_map(|id| self.segment_infos(id))
             .collect();
         segments.sort_by_key(|segment| segment.address);
         let active = segments.iter().map(|segment| segment.active_bytes).sum();
@@ -71,17 +71,26 @@ impl DeviceState {
         segments
     }
 
-    fn segment_info(&self, id: SegmentId) -> SegmentInfo {
+    /// A segment as `native` shows its expandable ones: a segment for each part between holes.
+    fn segment_infos(&self, id: SegmentId) -> Vec<SegmentInfo> {
+        self.blocks_of(id)
+            .split(|&block| self.blocks[block].state == BlockState::Vacant)
+            .filter(|part| !part.is_empty())
+            .map(|part| self.segment_info(id, part))
+            .collect()
+    }
+
+    fn segment_info(&self, id: SegmentId, part: &[BlockId]) -> SegmentInfo {
         let segment = self.segment(id);
         let list = &self.pools[segment.list];
-        let blocks: Vec<BlockInfo> = self.blocks_of(id).into_iter().map(|block| self.block_info(block)).collect();
+        let blocks: Vec<BlockInfo> = part.iter().map(|&block| self.block_info(block)).collect();
         let sum = |which: fn(&BlockInfo) -> bool, what: fn(&BlockInfo) -> u64| {
             blocks.iter().filter(|&block| which(block)).map(what).sum()
         };
         SegmentInfo {
             device: self.device,
-            address: segment.base.0,
-            total_bytes: segment.populated,
+            address: part.first().map_or(segment.base.0, |&block| self.blocks[block].address),
+            total_bytes: sum(|_| true, |block| block.bytes),
             requested_bytes: sum(|block| block.active, |block| block.requested_bytes),
             allocated_bytes: sum(|block| block.allocated, |block| block.bytes),
             active_bytes: sum(|block| block.active, |block| block.bytes),
@@ -121,11 +130,14 @@ pub(super) fn check(state: &DeviceState) -> Result<(), String> {
     for (index, segment) in state.segments.iter().enumerate() {
         let Some(segment) = segment else { continue };
         let id = SegmentId(index as u32);
-        populated.add(segment.place, segment.populated);
-        reserved += segment.populated;
+        populated.add(segment.place, segment.populated());
+        reserved += segment.populated();
         ranges.push((segment.base.0, segment.base.0 + segment.range_bytes));
-        if segment.populated > segment.range_bytes {
-            return Err(format!("segment {:?} is populated beyond its range", segment.base));
+        if segment.filled.max(segment.discarded) > segment.range_bytes {
+            return Err(format!("segment {:?} is filled beyond its range", segment.base));
+        }
+        if state.blocks[segment.last].state == BlockState::Vacant {
+            return Err(format!("segment {:?} ends in a hole", segment.base));
         }
         let grows = state.growing.get(&segment.list).is_some_and(|ids| ids.contains(&id));
         if grows != segment.growing {
@@ -133,6 +145,8 @@ pub(super) fn check(state: &DeviceState) -> Result<(), String> {
         }
         let mut next = segment.base.0;
         let mut before_free = false;
+        let mut before_vacant = false;
+        let mut vacant = 0;
         for block_id in state.blocks_of(id) {
             let block = &state.blocks[block_id];
             if block.address != next || block.bytes == 0 || block.segment != id || block.list != segment.list {
@@ -144,6 +158,11 @@ pub(super) fn check(state: &DeviceState) -> Result<(), String> {
                 return Err(format!("free block {:#x} was not merged", block.address));
             }
             before_free = is_free;
+            let is_vacant = block.state == BlockState::Vacant;
+            if is_vacant && (before_vacant || !block.address.is_multiple_of(SMALL_STEP)) {
+                return Err(format!("hole {:#x} was not merged or not of whole pages", block.address));
+            }
+            before_vacant = is_vacant;
             match block.state {
                 BlockState::Free => {
                     free.insert(block_id);
@@ -164,13 +183,14 @@ pub(super) fn check(state: &DeviceState) -> Result<(), String> {
                         return Err(format!("block {:#x} waits for nothing", block.address));
                     }
                 }
+                BlockState::Vacant => vacant += block.bytes,
             }
-            if !is_free {
+            if !is_free && !is_vacant {
                 active += block.bytes;
                 requested += block.requested;
             }
         }
-        if next != segment.base.0 + segment.populated {
+        if next != segment.base.0 + segment.filled || vacant != segment.vacant {
             return Err(format!("the blocks of segment {:?} do not fill it", segment.base));
         }
     }

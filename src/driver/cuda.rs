@@ -32,6 +32,9 @@ const CU_DEVICE_CPU: CUdevice = -1;
 /// The first driver with `cuMemAdvise_v2` and `cuMemPrefetchAsync_v2`, as `cuDriverGetVersion` counts.
 const CUDA_12_2: c_int = 12020;
 
+/// The first driver with `cuMemDiscardBatchAsync`.
+const CUDA_13_0: c_int = 13000;
+
 /// Calls an entry point and checks its result: `call!(api, cuMemFree(ptr))`.
 macro_rules! call {
     ($api:expr, $name:ident($($arg:expr),* $(,)?)) => {
@@ -111,9 +114,9 @@ impl CudaDriver {
     }
 
     fn find_devices(&self) -> Result<Devices> {
-        let has_locations = self.version()?.min(self.newest) >= CUDA_12_2
-            && self.api.cuMemAdvise_v2.is_some()
-            && self.api.cuMemPrefetchAsync_v2.is_some();
+        let version = self.version()?.min(self.newest);
+        let has_locations =
+            version >= CUDA_12_2 && self.api.cuMemAdvise_v2.is_some() && self.api.cuMemPrefetchAsync_v2.is_some();
         // "Initializes the driver API and must be called before any other function from the driver API [but
         // cuDriverGetVersion]. […] the Flags parameter must be 0."
         // SAFETY: no pointers.
@@ -127,11 +130,12 @@ impl CudaDriver {
         let mut count = 0;
         // SAFETY: `count` is writable.
         unsafe { call!(self.api, cuDeviceGetCount(&raw mut count)) }?;
-        let list = (0..count).map(|ordinal| self.find_device(ordinal)).collect::<Result<_>>()?;
+        let has_discard = version >= CUDA_13_0 && self.api.cuMemDiscardBatchAsync.is_some();
+        let list = (0..count).map(|ordinal| self.find_device(ordinal, has_discard)).collect::<Result<_>>()?;
         Ok(Devices { has_locations, list })
     }
 
-    fn find_device(&self, ordinal: DeviceIndex) -> Result<Device> {
+    fn find_device(&self, ordinal: DeviceIndex, has_discard: bool) -> Result<Device> {
         let mut handle = 0;
         // SAFETY: `handle` is writable.
         unsafe { call!(self.api, cuDeviceGet(&raw mut handle, ordinal)) }?;
@@ -169,15 +173,19 @@ impl CudaDriver {
             .and_then(|_| newer_attribute(Attribute::CU_DEVICE_ATTRIBUTE_NUMA_ID))
             .filter(|&node| node >= 0);
 
+        let concurrent_managed_access = attribute(Attribute::CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS)? != 0;
         let info = DeviceInfo {
             name: name.to_string_lossy().into_owned(),
             total_memory: total as u64,
             managed_memory: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY)? != 0,
-            concurrent_managed_access: attribute(Attribute::CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS)? != 0,
+            concurrent_managed_access,
             pageable_memory_access: attribute(Attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS)? != 0,
             host_page_tables: attribute(Attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES)?
                 != 0,
             direct_host_access: attribute(Attribute::CU_DEVICE_ATTRIBUTE_DIRECT_MANAGED_MEM_ACCESS_FROM_HOST)? != 0,
+            // "All devices in the system must have a non-zero value for the device attribute
+            // CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS otherwise the API will return an error."
+            discard: has_discard && concurrent_managed_access,
             integrated: attribute(Attribute::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0,
             host_numa_node,
         };
@@ -405,6 +413,28 @@ impl Driver for CudaDriver {
             }
             _ => Err(no_managed_calls("cuMemPrefetchAsync")),
         }
+    }
+
+    fn discard(&self, device: DeviceIndex, range: Range, stream: Stream) -> Result<()> {
+        const CALL: &str = "cuMemDiscardBatchAsync";
+        let supported = self.device(device, CALL)?.info.discard;
+        let Some(discard) = self.api.cuMemDiscardBatchAsync.filter(|_| supported) else {
+            return Err(DriverError {
+                kind: ErrorKind::NotSupported,
+                call: CALL,
+                code: CUresult::CUDA_ERROR_NOT_SUPPORTED as i32,
+                name: "CUDA_ERROR_NOT_SUPPORTED".to_owned(),
+                message: format!(
+                    "discarding managed memory needs a driver of CUDA 13.0 or newer, and concurrent managed access; \
+                     device {device} lacks one of them"
+                ),
+            });
+        };
+        let _context = self.enter(device, CALL)?;
+        let (mut ptr, mut bytes) = (range.ptr.0, range.bytes as usize);
+        // "flags: Flags reserved for future use. Must be zero." "hStream: […] Must not be legacy NULL stream."
+        // SAFETY: arrays of one element each, readable; CUDA checks the range.
+        self.api.check(CALL, unsafe { discard(&raw mut ptr, &raw mut bytes, 1, 0, cu_stream(stream)) })
     }
 
     fn stream_create(&self, device: DeviceIndex) -> Result<Stream> {

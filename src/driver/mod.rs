@@ -112,6 +112,8 @@ pub struct DeviceInfo {
     /// `CU_DEVICE_ATTRIBUTE_DIRECT_MANAGED_MEM_ACCESS_FROM_HOST`: the CPU reaches device-resident managed memory
     /// without migrating it.
     pub direct_host_access: bool,
+    /// [`Driver::discard`] works: the driver is one of CUDA 13.0 or newer, and the device has concurrent managed access.
+    pub discard: bool,
     /// `CU_DEVICE_ATTRIBUTE_INTEGRATED`: the device shares one physical memory with the CPU (GB10).
     pub integrated: bool,
     /// `CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID`: the NUMA node closest to the device; `None` where the driver gives none (-1).
@@ -234,6 +236,14 @@ pub trait Driver: Send + Sync + 'static {
     /// `concurrent_managed_access`. Success says nothing about capacity: other managed pages may be evicted.
     /// While capturing: always on a stream that does not capture, never on one that does.
     fn prefetch(&self, device: DeviceIndex, range: Range, to: Location, stream: Stream) -> Result<()>;
+
+    /// Drops the contents of a managed range (`cuMemDiscardBatchAsync`), ordered on `stream`, which may not be the legacy
+    /// default stream. [`ErrorKind::NotSupported`] where [`DeviceInfo::discard`] is false. Concerns the 2 MiB pages that lie
+    /// wholly inside the range. Until they are prefetched or written, reading them is indeterminate; writing without a
+    /// prefetch first works, at a thousandth of the speed. The advice on them stays, and so does the driver's hold on
+    /// their device memory: its free figure does not rise. Does not wait. While capturing: as [`Driver::prefetch`] (not
+    /// measured yet; the allocator discards only while no capture that it knows of is underway).
+    fn discard(&self, device: DeviceIndex, range: Range, stream: Stream) -> Result<()>;
 
     /// Makes a non-blocking stream on `device`. While capturing: always.
     fn stream_create(&self, device: DeviceIndex) -> Result<Stream>;

@@ -19,6 +19,8 @@ fn program(world: &World, held: &mut Vec<DevicePtr>) -> Result<()> {
         world.allocator.free(ptr, None)
     };
     keep(held, 512, 0)?;
+    // What keeps the segment when its end goes.
+    keep(held, 3 * MIB, 0)?;
     let large = keep(held, 30 * MIB, 0)?;
     let shared = keep(held, 3 * MIB, 1)?;
     // Deferred frees: events on two streams.
@@ -50,7 +52,7 @@ fn program(world: &World, held: &mut Vec<DevicePtr>) -> Result<()> {
 }
 
 fn world(conf: &str) -> World {
-    World::new(Config::small_gh200().device_memory(128 * MIB).host_memory(4096 * MIB), conf)
+    World::new(Config::small_gh200().device_memory(160 * MIB).host_memory(4096 * MIB), conf)
 }
 
 fn every_call_fails_once(conf: &str, code: Code) -> u64 {

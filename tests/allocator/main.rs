@@ -5,6 +5,7 @@ mod faults;
 mod limits;
 mod model;
 mod private_pools;
+mod shrinking;
 mod streams;
 mod threads;
 mod world;

@@ -196,6 +196,7 @@ impl World {
         assert_eq!(stats.allocated_bytes.aggregate.current, 0, "the test still holds allocations");
         assert_eq!(stats.reserved_bytes.aggregate.current, 0, "bytes are still reserved");
         assert_eq!(self.segments(), [], "segments were not given back");
+        assert_eq!(self.machine.counters().slow_discard_writes, 0, "discarded memory was used before it was populated");
     }
 
     /// What the machine has allocated, beside the sink.

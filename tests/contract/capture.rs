@@ -297,6 +297,26 @@ pub fn a_segment_grows_inside_a_capture(machine: &dyn Machine) {
     }
 }
 
+/// What a discard is while a stream captures. Not measured on a GPU yet, so there it is told and not asserted.
+pub fn discarding_while_a_stream_captures(machine: &dyn Machine) {
+    if !machine.driver().device_info(DEVICE).unwrap().discard {
+        return;
+    }
+    let calls: [(&str, Legal, Call); 2] = [
+        ("discard on the captured stream", Legal::Never, |s| s.driver.discard(DEVICE, s.managed, s.captured)),
+        ("discard on another stream", Legal::Always, |s| s.driver.discard(DEVICE, s.managed, s.other)),
+    ];
+    for (name, legal, call) in calls {
+        for situation in &SITUATIONS {
+            let found = observe(machine, situation, call);
+            println!("{name}, {}: {found}", situation.name);
+            if !machine.is_real() {
+                assert_eq!(found, legal.expected(situation), "{name}, {}", situation.name);
+            }
+        }
+    }
+}
+
 /// After an invalidated capture the stream works again, also for another capture.
 pub fn an_invalidated_capture_can_be_ended_and_repeated(machine: &dyn Machine) {
     let driver = machine.driver();

@@ -1,6 +1,6 @@
 //! Allocation, population, advice, and the bytes in them.
 
-use torch_uvm::driver::{Advice, DeviceIndex, ErrorKind, Location, Range, Result};
+use torch_uvm::driver::{Advice, DeviceIndex, ErrorKind, Location, Range, Result, Stream};
 
 use super::machine::{DEVICE, MIB, Machine, MachineExt};
 
@@ -128,6 +128,81 @@ pub fn bytes_survive_moves(machine: &dyn Machine) {
         machine.assert_bytes(range.ptr, &pattern[..1_000_001], "beside what was written");
         machine.free(range.ptr);
     }
+}
+
+/// Runs a discard on a new stream, and waits.
+fn discard(machine: &dyn Machine, range: Range) -> Result<()> {
+    let driver = machine.driver();
+    let stream = driver.stream_create(DEVICE).unwrap();
+    let result = driver.discard(DEVICE, range, stream);
+    driver.stream_synchronize(DEVICE, stream).unwrap();
+    driver.stream_destroy(DEVICE, stream).unwrap();
+    result
+}
+
+/// Discarded memory keeps its address and its advice, its neighbours their bytes; after a prefetch it is as new. The device's
+/// free figure does not rise.
+pub fn discarded_memory_is_used_again(machine: &dyn Machine) {
+    let driver = machine.driver();
+    let range = machine.managed(192 * MIB);
+    if !driver.device_info(DEVICE).unwrap().discard {
+        assert_eq!(discard(machine, range).unwrap_err().kind, ErrorKind::NotSupported);
+        machine.free(range.ptr);
+        return;
+    }
+    machine.advise(range, Advice::SetPreferredLocation(Location::Device(DEVICE))).unwrap();
+    machine.prefetch_and_wait(range, Location::Device(DEVICE));
+    let pattern = machine.pattern(4 * MIB, 5);
+    let end = Range { ptr: range.ptr.offset(4 * MIB), bytes: range.bytes - 4 * MIB };
+    machine.write(range.ptr, &pattern);
+    machine.write(end.ptr, &pattern);
+    let free = || driver.device_memory(DEVICE).unwrap().free;
+    let before = free();
+    for _ in 0..2 {
+        discard(machine, end).unwrap();
+        println!("discarding {} bytes: {} bytes of device memory came free", end.bytes, free().saturating_sub(before));
+        if !driver.device_info(DEVICE).unwrap().integrated {
+            assert!(free() < before + DRIVER_STEP, "the driver keeps the chunks");
+        }
+        machine.assert_bytes(range.ptr, &pattern, "beside what was discarded");
+    }
+    machine.prefetch_and_wait(end, Location::Device(DEVICE));
+    for at in [0, end.bytes - pattern.len() as u64] {
+        machine.write(end.ptr.offset(at), &pattern);
+        machine.assert_bytes(end.ptr.offset(at), &pattern, "populated again");
+    }
+    machine.assert_bytes(range.ptr, &pattern, "beside what was populated again");
+    discard(machine, range).unwrap();
+    machine.free(range.ptr);
+}
+
+/// Discards that cannot be. What a GPU answers is told and not asserted: it has not been measured yet.
+pub fn bad_discards_are_told(machine: &dyn Machine) {
+    if !machine.driver().device_info(DEVICE).unwrap().discard {
+        return;
+    }
+    let calls: [(&str, Call); 5] = [
+        ("discard of 0 bytes", |m| on_managed(m, |r| discard(m, empty(r)))),
+        ("discard beyond the allocation", |m| on_managed(m, |r| discard(m, beyond(r)))),
+        ("discard of device memory", |m| on_device(m, |r| discard(m, r))),
+        ("discard on the legacy default stream", |m| on_managed(m, |r| m.driver().discard(DEVICE, r, Stream(0)))),
+        ("discard of freed memory", |m| {
+            let range = m.managed(4 * MIB);
+            m.free(range.ptr);
+            discard(m, range)
+        }),
+    ];
+    for (name, call) in calls {
+        let result = call(machine);
+        println!("{name}: {:?}", result.as_ref().map_err(|error| error.code));
+        if !machine.is_real() {
+            assert_eq!(result.unwrap_err().kind, ErrorKind::InvalidValue, "{name}");
+        }
+    }
+    let missing = machine.managed(2 * MIB);
+    let error = machine.driver().discard(NO_DEVICE, missing, Stream(1)).unwrap_err();
+    assert_eq!(error.code, 101, "{error}");
+    machine.free(missing.ptr);
 }
 
 /// Each advice can be given and taken back, for a part of a range, twice, and where it was never given.

@@ -190,6 +190,32 @@ pub fn a_prefetch_is_ordered_on_its_stream(machine: &dyn Machine) {
     machine.free(range.ptr);
 }
 
+/// A discard runs in the order of its stream: not before what was queued ahead of it, and the call does not wait.
+pub fn a_discard_is_ordered_on_its_stream(machine: &dyn Machine) {
+    let driver = machine.driver();
+    if !driver.device_info(DEVICE).unwrap().discard {
+        return;
+    }
+    let range = machine.managed(8 * MIB);
+    machine.prefetch_and_wait(range, Location::Device(DEVICE));
+    let (stream, gate) = machine.gated_stream();
+    let event = driver.event_create(DEVICE).unwrap();
+    driver.discard(DEVICE, range, stream).unwrap();
+    driver.event_record(DEVICE, event, stream).unwrap();
+    assert_eq!(driver.event_query(DEVICE, event), Ok(false));
+    gate.0.open();
+    driver.event_synchronize(DEVICE, event).unwrap();
+    // Populated after the discard, on another stream: what is written then stays.
+    machine.prefetch_and_wait(range, Location::Device(DEVICE));
+    let pattern = machine.pattern(range.bytes, 4);
+    machine.write(range.ptr, &pattern);
+    driver.device_synchronize(DEVICE).unwrap();
+    machine.assert_bytes(range.ptr, &pattern, "written after a discard");
+    driver.event_destroy(DEVICE, event).unwrap();
+    driver.stream_destroy(DEVICE, stream).unwrap();
+    machine.free(range.ptr);
+}
+
 /// Streams of the driver's making do not wait for one another, nor for the legacy default stream.
 pub fn streams_are_independent(machine: &dyn Machine) {
     let driver = machine.driver();

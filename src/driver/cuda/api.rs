@@ -6,7 +6,7 @@
 //! files where the toolkit's stub or a simulated device is on the path. And its functions return an enum, so that a
 //! `CUresult` which a newer driver invented would be undefined behaviour; here it is a number.
 
-use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong};
 use std::mem::ManuallyDrop;
 
 use cudarc::driver::sys::{
@@ -101,6 +101,8 @@ entry_points! {
         // The forms with a location: from CUDA 12.2, the only ones of CUDA 13.
         cuMemAdvise_v2 = "cuMemAdvise_v2"(CUdeviceptr, usize, CUmem_advise, CUmemLocation);
         cuMemPrefetchAsync_v2 = "cuMemPrefetchAsync_v2"(CUdeviceptr, usize, CUmemLocation, c_uint, CUstream);
+        // From CUDA 13.0.
+        cuMemDiscardBatchAsync = "cuMemDiscardBatchAsync"(*mut CUdeviceptr, *mut usize, usize, c_ulonglong, CUstream);
     }
 }
 
