@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
@@ -35,8 +35,19 @@ class Figure:
 class Bench:
     """One run of one workload in this process."""
 
-    def __init__(self, torch: Any, backend: Backend, prepared: Prepared, *, quick: bool, simulated: bool) -> None:
+    def __init__(
+        self,
+        torch: Any,
+        backend: Backend,
+        prepared: Prepared,
+        *,
+        quick: bool,
+        simulated: bool,
+        turn: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
         self.torch = torch
+        #: Around everything that is timed: waits until no other backend's process measures.
+        self.turn = turn
         self.backend = backend
         #: Small sizes and few repetitions: to see that it runs.
         self.quick = quick
@@ -75,19 +86,21 @@ class Bench:
         torch = self.torch
         torch.cuda.synchronize()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
+        with self.turn():
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
         return start.elapsed_time(end)
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """The same by the host's clock."""
         self.torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        self.torch.cuda.synchronize()
-        return time.perf_counter() - start
+        with self.turn():
+            start = time.perf_counter()
+            work()
+            self.torch.cuda.synchronize()
+            return time.perf_counter() - start
 
     def digest(self, name: str, *tensors: Any) -> None:
         """What must be the same, bit for bit, with every backend."""
@@ -137,6 +150,8 @@ class Bench:
     def end_of_measurement(self) -> None:
         """Notes the peaks, in bytes: of the steady phase and of the whole process until now."""
         self.torch.cuda.synchronize()
+        with self.turn():
+            pass  # what the workload does from here on must not run beside the others' last measurements
         steady, before = self._peaks(), self._peaks_before
         self.memory["steady"] = steady
         if steady is None or before is None:

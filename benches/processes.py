@@ -7,6 +7,7 @@ waits for its turn. The GPU has one process at a time.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,11 +15,31 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Optional
 
 HERE = Path(__file__).resolve().parent
+
+
+class Turns:
+    """A process's side of measuring side by side: it asks for each measurement, and says when it has ended."""
+
+    ASK, DONE, GO = b"?", b".", b"!"
+
+    def __init__(self, descriptors: str) -> None:
+        self._read, self._write = (int(descriptor) for descriptor in descriptors.split(","))
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Waits for the turn, and passes it on at the end."""
+        os.write(self._write, self.ASK)
+        if os.read(self._read, 1) != self.GO:
+            raise RuntimeError("the process that gives turns has ended")
+        yield
+        os.write(self._write, self.DONE)
 
 
 @dataclass(frozen=True)
@@ -54,20 +75,33 @@ class Outcome:
 class _Process:
     """A process that waits for its turn before it touches the GPU."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, with_turns: bool = False) -> None:
         self.job = job
+        self._turns: Optional[tuple[int, int]] = None
+        theirs: tuple[int, ...] = ()
         self._output: IO[bytes] = tempfile.TemporaryFile()
         self._folder = tempfile.TemporaryDirectory(prefix="torch-uvm-bench-")
         self._result = Path(self._folder.name) / "result.json"
         if job.program is None:
             command = [sys.executable, "-X", "faulthandler", str(HERE / "worker.py"), job.kind, job.name, job.backend]
             command += [str(self._result)] + (["--quick"] if job.quick else [])
+            if with_turns:
+                (read, go), (asked, write) = os.pipe(), os.pipe()
+                self._turns, theirs = (asked, go), (read, write)
+                command += ["--turns", f"{read},{write}"]
         else:
             command = [sys.executable, str(job.program), str(self._result)]
         self._started = time.perf_counter()
         self._process = subprocess.Popen(
-            command, env=job.environment, stdin=subprocess.PIPE, stdout=self._output, stderr=subprocess.STDOUT
+            command,
+            env=job.environment,
+            stdin=subprocess.PIPE,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            pass_fds=theirs,
         )
+        for descriptor in theirs:
+            os.close(descriptor)
 
     def finish(self) -> Outcome:
         """Gives it its turn and waits for its end."""
@@ -100,15 +134,59 @@ class _Process:
         self._close()
         return Outcome(self.job, result, error, seconds)
 
+    def asks(self) -> bool:
+        """Waits until it wants to measure; False where it has ended, or failed, instead."""
+        assert self._turns is not None
+        return os.read(self._turns[0], 1) == Turns.ASK
+
+    def measure(self) -> None:
+        """Lets it measure, and waits until it has."""
+        assert self._turns is not None
+        try:
+            os.write(self._turns[1], Turns.GO)
+        except BrokenPipeError:
+            return  # its end is noticed when it is asked next
+        os.read(self._turns[0], 1)
+
     def abandon(self) -> None:
         """Ends it before its turn."""
         self._process.kill()
         self._process.wait()
         self._close()
 
+    def no_more_turns(self) -> None:
+        """Ends it if it still runs, however it came to that."""
+        if self._process.poll() is None:
+            self._process.kill()
+        for descriptor in self._turns or ():
+            os.close(descriptor)
+        self._turns = None
+
     def _close(self) -> None:
         self._output.close()
         self._folder.cleanup()
+
+
+def side_by_side(jobs: Iterable[Job]) -> Iterator[Outcome]:
+    """Runs the jobs at the same time, but lets them measure one after the other, round and round.
+
+    Everything else, from the import to the warm-up, they do beside each other before the first measures, and what follows
+    the last measurement after that. So the backends' samples lie within seconds of each other, and what changes on a
+    machine meanwhile meets all of them.
+    """
+    running = [_Process(job, with_turns=True) for job in jobs]
+    try:
+        with ThreadPoolExecutor(max_workers=max(1, len(running))) as pool:
+            outcomes = [pool.submit(process.finish) for process in running]
+            asking = [process for process in running if process.asks()]
+            while asking:
+                for process in asking:
+                    process.measure()
+                asking = [process for process in asking if process.asks()]
+            yield from (outcome.result() for outcome in outcomes)
+    finally:
+        for process in running:
+            process.no_more_turns()
 
 
 def in_turn(jobs: Iterable[Job], ahead: int = 1) -> Iterator[Outcome]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import sys
@@ -118,6 +119,19 @@ def round_of(
                     yield Job("workload", name, backend, environments[backend], quick, alone, program)
 
 
+def outcomes_of(jobs: Iterator[Job], together: bool) -> Iterator[processes.Outcome]:
+    """Runs the jobs in turn, or those of one workload side by side where that is asked for and makes sense."""
+    if not together:
+        yield from processes.in_turn(jobs)
+        return
+    for _, of_workload in itertools.groupby(jobs, key=lambda job: job.name):
+        group = list(of_workload)
+        if any(job.alone or job.program is not None for job in group):
+            yield from processes.in_turn(group)
+        else:
+            yield from processes.side_by_side(group)
+
+
 def to_run(number: int, outcome: processes.Outcome) -> report.Run:
     """An outcome as a row of samples. Of a program of its own the whole process's time is a sample too."""
     job, result, error = outcome.job, outcome.result, outcome.error
@@ -138,6 +152,12 @@ def main(arguments: Optional[list[str]] = None) -> int:
     )
     parser.add_argument("--repeats", type=int, help="rounds (default 5; 1 with --quick)")
     parser.add_argument("--minutes", type=float, help="begin no round that would probably end later than this")
+    parser.add_argument(
+        "--side-by-side",
+        action="store_true",
+        help="the backends' processes of a workload run at once and take turns measurement by measurement: less exposed to "
+        "a machine that changes meanwhile, and quicker (not for the hot path and cold starts)",
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--out", type=Path, default=WORK / "benches.json", help="where the figures go")
     parser.add_argument("--markdown", type=Path, help="where the tables go as Markdown")
@@ -191,7 +211,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
             limit = f"{options.minutes:g} minutes"
             notes.append(f"{number} rounds of {repeats}: another would not have ended within {limit}")
             break
-        for outcome in processes.in_turn(round_of(number, chosen, of, options.quick, environments)):
+        jobs = round_of(number, chosen, of, options.quick, environments)
+        for outcome in outcomes_of(jobs, options.side_by_side):
             runs.append(to_run(number, outcome))
             state = "failed" if outcome.result is None else "skipped" if "skipped" in outcome.result else "done"
             line = f"round {number + 1} of {repeats}: {outcome.job.name} with {outcome.job.backend} {state}"

@@ -61,6 +61,16 @@ cudaStream_t current_stream(c10::DeviceIndex device) {
   return stream.id() == 0 ? nullptr : stream.stream();
 }
 
+// Binds the device's context to this thread, once. Without one cudaGetDevice, which every allocation asks, looks for it
+// each time under a lock of the whole process. The device is the current one and has a context: it just gave memory.
+void bind_context(c10::DeviceIndex device) {
+  thread_local c10::DeviceIndex bound = -1;
+  if (C10_UNLIKELY(bound != device)) {
+    C10_CUDA_CHECK(cudaSetDevice(device));
+    bound = device;
+  }
+}
+
 void refuse_absurd(size_t bytes) {
   TORCH_CHECK_WITH(
       OutOfMemoryError, bytes < kOneExbibyte, "CUDA out of memory. Tried to allocate more than 1EB memory.");
@@ -173,6 +183,7 @@ void* UvmAllocator::malloc(c10::DeviceIndex device, size_t bytes, cudaStream_t s
       C10_LIKELY(!stack) ? bridge::allocate(device, bytes, handle(stream))
                          : bridge::allocate_with_context(device, bytes, handle(stream), std::move(stack)));
   check(ptr != nullptr);
+  bind_context(device);
   tell(ptr);
   return ptr;
 }

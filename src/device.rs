@@ -261,9 +261,17 @@ impl DeviceState {
             // Events may not be queried while a capture is underway.
             self.process_events()?;
         }
-        self.take_from_threads(false);
+        // What this thread has parked, it did not ask for. What others have, they may be about to ask for again: it is
+        // taken from them only where it would show, as a peak that was none or as more memory.
+        if let Some(mine) = thread_cache::mine(self.allocator, self.device) {
+            self.take_from(mine);
+        }
         let request = self.request(bytes, stream);
-        Ok(match self.best_fit(&request) {
+        let mut found = self.best_fit(&request);
+        if found.is_none_or(|block| self.raises_a_peak(block, &request)) && self.take_from_threads(false) {
+            found = self.best_fit(&request);
+        }
+        Ok(match found {
             Some(block) => Ok(self.hand_out(block, &request, context.take())),
             None => Err(request),
         })
@@ -279,7 +287,8 @@ impl DeviceState {
 
     #[cold]
     fn captured_pool(&self, stream: Stream) -> PoolId {
-        self.captures.iter().find(|c| (c.filter)(stream)).map_or(PoolId::DEFAULT, |c| c.pool)
+        // The innermost of nested pools.
+        self.captures.iter().rev().find(|c| (c.filter)(stream)).map_or(PoolId::DEFAULT, |c| c.pool)
     }
 
     /// The best fitting free block of the request's list, still in it.
@@ -318,6 +327,19 @@ impl DeviceState {
         } else {
             request.rounded < self.native.max_split_size && rest > crate::segments::SMALL_LIMIT
         }
+    }
+
+    /// Whether a statistic would be higher than ever if the request were served from this block.
+    #[inline]
+    fn raises_a_peak(&self, block: BlockId, request: &Request) -> bool {
+        let bytes = if self.should_split(block, request) { request.rounded } else { self.blocks[block].bytes };
+        let small = self.pools[request.list].small;
+        let stats = &self.stats;
+        stats.allocated_bytes.would_peak(small, bytes)
+            || stats.active_bytes.would_peak(small, bytes)
+            || stats.requested_bytes.would_peak(small, request.bytes)
+            || stats.allocation.would_peak(small, 1)
+            || stats.active.would_peak(small, 1)
     }
 
     /// Makes a free block the program's, less what is worth a block of its own.
@@ -562,9 +584,18 @@ impl DeviceState {
         self.take_from_threads(true);
     }
 
-    /// Takes blocks out of the threads' caches: the parked ones, or all.
+    /// Takes the parked blocks out of one thread's cache.
     #[inline]
-    fn take_from_threads(&mut self, all: bool) {
+    fn take_from(&mut self, thread: ThreadId) {
+        let Some(Some(cache)) = self.threads.get(thread.index()) else { return };
+        let mut taken = std::mem::take(&mut self.taken);
+        cache.take(false, &mut taken);
+        self.taken = taken;
+        self.all_taken_leave();
+    }
+
+    /// Takes blocks out of the threads' caches: the parked ones, or all. Answers whether there were any.
+    fn take_from_threads(&mut self, all: bool) -> bool {
         let mut taken = std::mem::take(&mut self.taken);
         for thread in &mut self.threads {
             if let Some(cache) = thread {
@@ -575,10 +606,18 @@ impl DeviceState {
                 }
             }
         }
+        self.taken = taken;
+        self.all_taken_leave()
+    }
+
+    fn all_taken_leave(&mut self) -> bool {
+        let mut taken = std::mem::take(&mut self.taken);
+        let any = !taken.is_empty();
         for slot in taken.drain(..) {
             self.leave_thread(&slot);
         }
         self.taken = taken;
+        any
     }
 
     /// Takes a block that the program names out of the cache it is in. False: the program has freed it already.

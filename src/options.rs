@@ -145,10 +145,7 @@ impl Options {
         }
         parsed.given = Self::KEYS.iter().zip(given).filter_map(|(key, given)| given.then_some(*key)).collect();
         if let (true, Some(backend)) = (parsed.options.enabled, &parsed.backend) {
-            return Err(Error::InvalidArgument(format!(
-                "backend: '{backend}' is not allowed beside use_uvm:True, which chooses the backend 'uvm': leave one \
-                 of them out"
-            )));
+            return Err(two_backends(backend));
         }
         Ok(parsed)
     }
@@ -292,6 +289,13 @@ fn items(conf: &str) -> impl Iterator<Item = &str> {
         c == ',' && depth == 0
     })
     .filter(|item| !item.is_empty())
+}
+
+/// PyTorch's `backend` key beside `use_uvm:True`.
+pub fn two_backends(backend: &str) -> Error {
+    Error::InvalidArgument(format!(
+        "backend: '{backend}' is not allowed beside use_uvm:True, which chooses the backend 'uvm': leave one of them out"
+    ))
 }
 
 fn refused(key: &str, value: &str, allowed: &str) -> Error {

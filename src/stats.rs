@@ -38,6 +38,11 @@ impl Stat {
         self.peak = self.peak.max(self.current);
     }
 
+    #[inline]
+    fn would_peak(&self, amount: u64) -> bool {
+        self.current + amount as i64 > self.peak
+    }
+
     fn reset_accumulated(&mut self) {
         self.allocated = 0;
         self.freed = 0;
@@ -77,6 +82,13 @@ impl StatArray {
     #[inline]
     fn pool(&mut self, small: bool) -> &mut Stat {
         if small { &mut self.small_pool } else { &mut self.large_pool }
+    }
+
+    /// Whether the total or one pool's level would be higher than ever with `amount` more.
+    #[inline]
+    pub fn would_peak(&self, small: bool, amount: u64) -> bool {
+        let pool = if small { &self.small_pool } else { &self.large_pool };
+        self.aggregate.would_peak(amount) || pool.would_peak(amount)
     }
 
     /// Takes note of what went in and out of the total and one pool meanwhile.

@@ -5,8 +5,8 @@
 //! device's books call allocated. Each is either *live*, the program's, or *parked*, freed and waiting for the thread's
 //! next request of its size and stream. Going from one to the other takes the cache's own lock, which nobody else wants.
 //!
-//! The books stay exact because everybody else looks first: whoever asks the device for anything but a block of the
-//! free lists, or for memory that the lists do not have, first takes the parked blocks of all threads back
+//! The books stay exact because everybody else looks first: whoever asks the device for a figure, or for a block that the
+//! free lists do not have or that would raise a peak, first takes the parked blocks of all threads back
 //! ([`crate::device`]). So parked memory is never the reason for more memory, for an error, or for a wrong figure.
 //!
 //! Locks are taken in one order: the device's, then a cache's.
@@ -239,6 +239,16 @@ pub fn allocate(allocator: u64, device: DeviceIndex, bytes: u64, stream: Stream)
         let all = all.0.borrow();
         let mine = all.iter().find(|mine| mine.device == device && mine.allocator == allocator)?;
         mine.cache.allocate(bytes, stream)
+    })
+    .ok()
+    .flatten()
+}
+
+/// This thread's cache of a device.
+#[inline]
+pub fn mine(allocator: u64, device: DeviceIndex) -> Option<ThreadId> {
+    MINE.try_with(|all| {
+        all.0.borrow().iter().find(|mine| mine.device == device && mine.allocator == allocator).map(|mine| mine.id)
     })
     .ok()
     .flatten()

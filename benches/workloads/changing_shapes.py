@@ -31,7 +31,7 @@ def run(bench: Bench) -> None:
 
     size = model.Size(2, 128, 2, 256, 64) if bench.quick else model.Size(6, 1024, 16, 8192, 2048)
     shapes = tuple((count, length // 32) for count, length in SHAPES) if bench.quick else SHAPES
-    cold, steady = (1, 1) if bench.quick else (3, 8)
+    cold, steady = (1, 1) if bench.quick else (3, 16)
     with bench.allocations():
         trainer = model.Trainer(size, SEED)
         batches = [trainer.batch(*shape) for shape in shapes]

@@ -105,9 +105,10 @@ def run(bench: Bench) -> None:
         for _ in range(turns):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            start = time.perf_counter()
-            tensor = torch.empty(size, dtype=torch.uint8, device="cuda").fill_(1)
-            bench.sample("fill", gigabytes_a_second(start))
+            with bench.turn():
+                start = time.perf_counter()
+                tensor = torch.empty(size, dtype=torch.uint8, device="cuda").fill_(1)
+                bench.sample("fill", gigabytes_a_second(start))
             bench.check_values(lambda: int(tensor[-1]) == 1, "the tensor was not filled")
             del tensor
             torch.cuda.synchronize()
@@ -115,12 +116,13 @@ def run(bench: Bench) -> None:
             if bench.backend.name not in BESIDE_BARE:
                 continue
             for figure in ("bare_prefetch", "bare_faults"):
-                start = time.perf_counter()
-                with managed.memory(size) as pointer:
-                    tensor = managed.tensor(pointer, size)
-                    if figure == "bare_prefetch":
-                        managed.prefetch(pointer, size)
-                    tensor.fill_(1)
-                    bench.sample(figure, gigabytes_a_second(start))
-                    del tensor
+                with bench.turn():
+                    start = time.perf_counter()
+                    with managed.memory(size) as pointer:
+                        tensor = managed.tensor(pointer, size)
+                        if figure == "bare_prefetch":
+                            managed.prefetch(pointer, size)
+                        tensor.fill_(1)
+                        bench.sample(figure, gigabytes_a_second(start))
+                        del tensor
     bench.end_of_measurement()

@@ -33,7 +33,7 @@ def run(bench: Bench) -> None:
     from torch._dynamo.utils import counters
 
     width, rows, layers = (64, 32, 1) if bench.quick else (1024, 512, 4)
-    blocks, iterations = (1, 3) if bench.quick else (8, 100)
+    blocks, iterations = (1, 3) if bench.quick else (24, 100)
     torch.manual_seed(SEED)
     with bench.allocations(), torch.device("cuda"):
         parts = [

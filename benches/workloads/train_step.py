@@ -26,7 +26,7 @@ def run(bench: Bench) -> None:
 
     size = model.Size(2, 128, 2, 256, 64) if bench.quick else model.Size(6, 1024, 16, 8192, 512)
     sequences = 2 if bench.quick else 16
-    warm, blocks, steps = (1, 1, 2) if bench.quick else (10, 6, 10)
+    warm, blocks, steps = (1, 1, 2) if bench.quick else (10, 12, 10)
     with bench.allocations():
         trainer = model.Trainer(size, SEED)
         tokens = trainer.batch(sequences, size.longest)

@@ -56,8 +56,8 @@ void take_place() {
   auto* ours = &UvmAllocator::instance();
   c10cca::allocator.store(ours);
 #if TORCH_UVM_SINCE(209)
-  // Since 2.9 c10's registry has CUDA's allocator too (torch.accelerator asks there).
-  c10::SetAllocator(c10::kCUDA, ours);
+  // Since 2.9 c10's registry has CUDA's allocator too (torch.accelerator asks there), in some versions with a priority.
+  c10::SetAllocator(c10::kCUDA, ours, /*priority=*/255);
 #endif
 }
 

@@ -4,7 +4,7 @@
 use super::failure::guarded;
 use super::{ALLOCATOR, SETTINGS, convert, ffi};
 use crate::error::{Error, Result};
-use crate::options::Options;
+use crate::options::{Options, Parsed, two_backends};
 
 /// PyTorch's variable for all accelerators. Those versions that do not know it yet (up to 2.8) leave it to us alone.
 const ANY_ACCELERATOR: &str = "PYTORCH_ALLOC_CONF";
@@ -31,16 +31,31 @@ impl Settings {
 }
 
 fn from_environment() -> Result<Options> {
-    VARIABLES.iter().try_fold(Options::default(), |options, variable| apply_variable(&options, variable))
+    let mut options = Options::default();
+    let mut backend = None;
+    for variable in VARIABLES {
+        let parsed = apply_variable(&options, variable)?;
+        options = parsed.options;
+        backend = backend.or(parsed.backend.map(|backend| (variable, backend)));
+    }
+    match backend {
+        // One in the same variable is refused there; PyTorch reads the other one too.
+        Some((variable, backend)) if options.enabled => Err(named(variable, two_backends(&backend))),
+        _ => Ok(options),
+    }
 }
 
-fn apply_variable(options: &Options, variable: &str) -> Result<Options> {
+fn apply_variable(options: &Options, variable: &str) -> Result<Parsed> {
     let conf = std::env::var_os(variable).unwrap_or_default();
-    let parsed = options.apply(&conf.to_string_lossy()).map_err(|error| match error {
+    options.apply(&conf.to_string_lossy()).map_err(|error| named(variable, error))
+}
+
+/// An error with the variable that it is about.
+fn named(variable: &str, error: Error) -> Error {
+    match error {
         Error::InvalidArgument(message) => Error::InvalidArgument(format!("{variable}: {message}")),
         other => other,
-    })?;
-    Ok(parsed.options)
+    }
 }
 
 /// What the environment asks for. Called while libraries load: whatever is wrong with the settings is told when they are

@@ -40,6 +40,24 @@ fn a_pools_memory_stays_its_own() {
 }
 
 #[test]
+fn the_innermost_of_nested_pools_serves() {
+    let world = World::small();
+    world.begin_pool(GRAPH, 0);
+    world.begin_pool(OTHER, 0);
+    let inner = world.empty(30 * MIB, 0).unwrap();
+    world.end_pool(OTHER);
+    let outer = world.empty(30 * MIB, 0).unwrap();
+    world.end_pool(GRAPH);
+    for (id, ptr) in [(OTHER, inner), (GRAPH, outer)] {
+        let segments = world.allocator.snapshot(id, false).unwrap().segments;
+        assert_eq!(segments.iter().map(|segment| segment.address).collect::<Vec<_>>(), [ptr.0]);
+        world.allocator.free(ptr, None).unwrap();
+        world.allocator.release_pool(0, id).unwrap();
+    }
+    world.finish();
+}
+
+#[test]
 fn a_pool_in_use_is_not_given_back_and_a_released_one_is() {
     let world = World::small();
     let kept = in_pool(&world, GRAPH, &[30 * MIB])[0];

@@ -67,6 +67,46 @@ fn a_block_parked_by_one_thread_serves_every_other() {
 }
 
 #[test]
+fn parked_blocks_do_not_count_in_peaks() {
+    let world = World::small();
+    warm_up(&world, 1000);
+    let other = || {
+        let ptr = world.empty(1000, 0).unwrap();
+        world.allocator.free(ptr, None).unwrap();
+    };
+    thread::scope(|scope| {
+        scope.spawn(other);
+    });
+    assert_eq!(allocations(&world), (0, 1, 41, 41));
+    let stats = world.allocator.device_stats(0).unwrap();
+    assert_eq!(stats.allocated_bytes.small_pool.peak, 1024);
+    assert_eq!(stats.active_bytes.small_pool.peak, 1024);
+    assert_eq!(stats.requested_bytes.small_pool.peak, 1000);
+    world.finish();
+}
+
+#[test]
+fn a_thread_keeps_what_it_parked_while_others_find_enough() {
+    let world = World::small();
+    // A peak that the rest of the program stays under.
+    let many: Vec<_> = (0..8).map(|_| world.empty(1000, 0).unwrap()).collect();
+    many.into_iter().for_each(|ptr| world.allocator.free(ptr, None).unwrap());
+    warm_up(&world, 1000);
+    let parked = world.empty(1000, 0).unwrap();
+    world.allocator.free(parked, None).unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let ptr = world.empty(1000, 0).unwrap();
+            assert_ne!(ptr, parked, "threads that take from each other are no faster than with one lock");
+            world.allocator.free(ptr, None).unwrap();
+        });
+    });
+    assert_eq!(world.empty(1000, 0).unwrap(), parked);
+    world.allocator.free(parked, None).unwrap();
+    world.finish();
+}
+
+#[test]
 fn a_second_free_is_an_error_wherever_the_block_is() {
     let world = World::small();
     warm_up(&world, 1000);

@@ -186,6 +186,9 @@ def facts() -> dict[str, Any]:
 def carry_out(name: str, test_file: TestFile, conf_of_children: str | None) -> dict[str, Any]:
     """Does, in a fork, what was asked: `*` the list of tests, else the test of that name."""
     if conf_of_children is not None:
+        import torch
+
+        torch.cuda.init()  # this process's own configuration is settled with it
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = conf_of_children
     module = test_file.load()
     if name == "*":

@@ -201,7 +201,7 @@ def test_a_negative_size() -> None:
     for count in (-1, -512, -(2**40)):
         try:
             torch.cuda.caching_allocator_alloc(count)
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # newer PyTorch looks itself
             pass
         else:
             raise AssertionError(f"{count} bytes were allocated")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from contents import MIB, block, check, filled, same
 from on_device import on_device
+from versions import needs
 
 GIB = 1 << 30
 
@@ -321,3 +322,80 @@ def test_settings_at_run_time() -> None:
     check(tensor, 1)
     check(filled(2, 3 * MIB), 2)
     same(torch.cuda.get_allocator_backend(), "uvm")
+
+
+@needs("torch.accelerator.get_memory_info")
+@on_device()
+def test_memory_info_counts_what_is_allocated() -> None:
+    """Asked around an allocation, it falls by what was reserved, and rises again; the total stays."""
+    before = torch.accelerator.get_memory_info()
+    tensor = block(512 * MIB)
+    during = torch.accelerator.get_memory_info()
+    same(during[1], before[1], "total")
+    same(before[0] - during[0], torch.cuda.memory_reserved(), "the difference")
+    del tensor
+    torch.cuda.empty_cache()
+    same(torch.accelerator.get_memory_info(), before)
+
+
+@needs("torch.accelerator.get_memory_info")
+@pytest.mark.parametrize(
+    ("options", "capacity"), [("", 10), ("uvm_oversubscription_ratio:1.5", 3), ("uvm_host_reserve_mb:8192", 4)]
+)
+@on_device("use_uvm:True,{options}", uvm_only=True)
+def test_memory_info_is_the_capacity(options: str, capacity: int) -> None:
+    """GiB of capacity: what a program that fills "free" memory can have. (5.0 times 2 GiB, by default.)"""
+    free, total = torch.accelerator.get_memory_info()
+    same((free, total), (capacity * GIB, capacity * GIB))
+    same(torch.cuda.mem_get_info()[1], 2 * GIB, "the device's own memory")
+    tensors, text = hoard()
+    assert "out of memory" in text
+    between(len(tensors) * 128 * MIB, free - 256 * MIB, free)
+    between(torch.accelerator.get_memory_info()[0], 0, 256 * MIB)
+
+
+@needs("torch.accelerator.memory_stats")
+@on_device()
+def test_the_accelerator_sees_this_allocator() -> None:
+    """`torch.accelerator` and `torch.cuda` say the same, and act on the same memory."""
+    tensor = block(30 * MIB)
+    for ask in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
+        same(getattr(torch.accelerator, ask)(), getattr(torch.cuda, ask)(), ask)
+    same(torch.accelerator.memory_allocated(), 30 * MIB)
+    del tensor
+    torch.accelerator.reset_peak_memory_stats()
+    same(torch.cuda.max_memory_allocated(), 0)
+    torch.accelerator.empty_cache()
+    same(torch.cuda.memory_reserved(), 0)
+
+
+@needs("per_process_memory_fraction:…")
+@on_device("use_uvm:True,per_process_memory_fraction:0.25", init=False)
+def test_the_fraction_among_the_settings() -> None:
+    """PyTorch's key is worth a call of `set_per_process_memory_fraction`: 512 MiB here."""
+    block(1)
+    same(torch.cuda.get_per_process_memory_fraction(), 0.25)
+    tensors, text = hoard(64 * MIB)
+    between(len(tensors) * 64 * MIB, 384 * MIB, 512 * MIB)
+    del tensors
+    torch.cuda.set_per_process_memory_fraction(0.5)
+    tensors, text = hoard(64 * MIB)
+    between(len(tensors) * 64 * MIB, 896 * MIB, 1024 * MIB)
+
+
+@needs("throw_on_cudamalloc_oom:…", "num_oom_rejections")
+@on_device(
+    "use_uvm:True,uvm_oversubscription_ratio:1.0,throw_on_cudamalloc_oom:True,per_process_memory_fraction:1.0", init=False
+)
+def test_early_refusals_are_counted() -> None:
+    """`throw_on_cudamalloc_oom`: what would exceed the limit is refused before CUDA is asked, and counted apart."""
+    kept = filled(1, 100 * MIB)
+    try:
+        block(3 * GIB)
+    except torch.cuda.OutOfMemoryError as error:
+        assert "out of memory" in str(error), error
+    else:
+        raise AssertionError("3 GiB where there are 2")
+    same(torch.cuda.memory_stats()["num_oom_rejections"], 1)
+    check(kept, 1)
+    check(filled(2, 100 * MIB), 2)

@@ -13,6 +13,7 @@ import torch
 import versions
 from contents import MIB, block, check, filled, same
 from on_device import on_device
+from versions import needs
 
 OWN_ALLOCATOR = r"""
 #include <cstddef>
@@ -214,6 +215,114 @@ def test_when_its_allocator_has_no_memory(own_allocator: str) -> None:
             raise AssertionError("3000 MiB of device memory on a device of 2 GiB")
         tensor = filled(1, 3 * MIB)
     check(tensor, 1)
+
+
+@needs("MemPool(use_on_oom=True)")
+@on_device()
+def test_a_pool_that_serves_when_memory_is_out() -> None:
+    """What is free in such a pool serves a request from outside, before that would fail; no other pool does so."""
+    torch.cuda.set_per_process_memory_fraction(0.25)
+
+    def outside(pool: torch.cuda.MemPool) -> torch.Tensor | None:
+        """Lets a pool hold 400 of the 512 MiB that are allowed, all free, and asks for 300 MiB outside of it."""
+        with torch.cuda.use_mem_pool(pool):
+            tensor = filled(1, 400 * MIB)
+        for _ in range(2):
+            try:
+                found = filled(2, 300 * MIB)
+            except torch.cuda.OutOfMemoryError:
+                tensor = None  # the next time, the pool's memory is free
+            else:
+                assert tensor is None, "the pool's memory was handed out while it was in use"
+                same(pool_of(found), tuple(pool.id))
+                check(found, 2)
+                return found
+        return None
+
+    pool = torch.cuda.MemPool()
+    same(outside(pool), None, "from a pool that serves nobody else")
+    del pool
+    torch.cuda.empty_cache()
+    pool = torch.cuda.MemPool(use_on_oom=True)
+    assert outside(pool) is not None, "the pool did not serve"
+    del pool
+    torch.cuda.empty_cache()
+    same(torch.cuda.memory_reserved(), 0)
+
+
+@needs("MemPool(no_split=True)")
+@on_device()
+def test_a_pool_that_does_not_split() -> None:
+    """Every allocation has a segment of its own, and a segment that is free again is handed out whole."""
+    pool, ordinary = torch.cuda.MemPool(no_split=True), torch.cuda.MemPool()
+    tensors = []
+    for one in (pool, ordinary):
+        with torch.cuda.use_mem_pool(one):
+            tensors += [filled(seed, 3 * MIB) for seed in range(3)]
+    same([len(segment["blocks"]) for segment in pool.snapshot()], [1, 1, 1])
+    assert len(ordinary.snapshot()) < 3, ordinary.snapshot()
+    for seed, tensor in enumerate(tensors):
+        check(tensor, seed % 3)
+    addresses = {tensor.data_ptr() for tensor in tensors[:3]}
+    del tensors, tensor
+    with torch.cuda.use_mem_pool(pool):
+        again = filled(5, 2 * MIB)
+    assert again.data_ptr() in addresses, "not handed out again"
+    same([len(segment["blocks"]) for segment in pool.snapshot()], [1, 1, 1])
+    check(again, 5)
+
+
+@needs("MemPool.snapshot(include_traces=False)")
+@on_device()
+def test_a_pools_snapshot_without_traces() -> None:
+    """The same segments, and no history."""
+    torch.cuda.memory._record_memory_history(stacks="python")
+    pool = torch.cuda.MemPool()
+    outside = block(3 * MIB)
+    with torch.cuda.use_mem_pool(pool):
+        inside = block(5 * MIB)
+    for chosen, tensor in ((pool.id, inside), ((0, 0), outside)):
+        with_traces = torch._C._cuda_memorySnapshot((*chosen, True))
+        without = torch._C._cuda_memorySnapshot((*chosen, False))
+        assert "alloc" in [entry["action"] for entry in with_traces["device_traces"][0]], with_traces["device_traces"]
+        same(sum(len(traces) for traces in without["device_traces"]), 0, "entries")
+        found = [[segment["address"] for segment in one["segments"]] for one in (with_traces, without)]
+        same(*found)
+        assert any(
+            segment["address"] <= tensor.data_ptr() < segment["address"] + segment["total_size"]
+            for segment in without["segments"]
+        ), without["segments"]
+    same([tuple(segment["segment_pool_id"]) for segment in pool.snapshot(include_traces=False)], [tuple(pool.id)])
+    torch.cuda.memory._record_memory_history(enabled=None)
+
+
+@needs("reserved_bytes_by_private_pools")
+@on_device()
+def test_statistics_of_each_pool() -> None:
+    """`reserved_bytes_by_private_pools`: what each pool has reserved, now and at most."""
+
+    def reserved(pool: torch.cuda.MemPool, what: str) -> int:
+        return torch.cuda.memory_stats()["reserved_bytes_by_private_pools.{}_{}.all.{}".format(*pool.id, what)]
+
+    first, second = torch.cuda.MemPool(), torch.cuda.MemPool()
+    outside = block(3 * MIB)
+    with torch.cuda.use_mem_pool(first):
+        tensors = [block(5 * MIB), block(100)]
+    with torch.cuda.use_mem_pool(second):
+        tensors.append(block(30 * MIB))
+    for pool in (first, second):
+        same(reserved(pool, "current"), sum(segment["total_size"] for segment in pool.snapshot()))
+        assert reserved(pool, "current") > 0
+    assert reserved(second, "current") >= 30 * MIB
+    before = reserved(first, "current"), torch.cuda.memory_reserved()
+    del tensors
+    third = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(third):
+        kept = block(7 * MIB)
+    same(reserved(first, "current"), before[0], "another pool's memory")
+    same(reserved(third, "current"), torch.cuda.memory_reserved() - before[1])
+    same(reserved(third, "peak"), reserved(third, "current"))
+    del outside, kept
 
 
 @on_device()

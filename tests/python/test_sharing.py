@@ -31,9 +31,10 @@ def send(tensor: torch.Tensor, seed: int) -> None:
     from torch.multiprocessing.reductions import reduce_tensor
 
     packed = pickle.dumps((*reduce_tensor(tensor), seed))
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}
+    path = os.pathsep.join([os.path.dirname(os.path.abspath(__file__)), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
     done = subprocess.run(
-        [sys.executable, "-c", RECEIVER], input=packed, env=environment, capture_output=True, timeout=60
+        [sys.executable, "-c", RECEIVER], input=packed, env=environment, capture_output=True, timeout=100
     )
     if done.returncode != 0 or b"received" not in done.stdout:
         raise AssertionError(f"the other process ended with {done.returncode}: {done.stderr.decode(errors='replace')}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import threading
 
 import torch
 from contents import MIB, block, filled, same
 from on_device import on_device
+from versions import LATER, needs
 
 
 def blocks(state: str) -> list[dict]:
@@ -254,3 +256,116 @@ def test_the_profiler_reports_memory() -> None:
         del tensor
     most = max(event.device_memory_usage for event in profile.key_averages())
     assert most >= 5 * MIB, most
+
+
+def entries(*wanted: str) -> list[dict]:
+    """The trace's entries with one of these actions."""
+    return [entry for entry in torch.cuda.memory._snapshot()["device_traces"][0] if entry["action"] in wanted]
+
+
+@needs("skip_actions")
+@on_device()
+def test_history_without_some_actions() -> None:
+    """`skip_actions`: the named ones are not recorded, the others are; a name that is none is an error."""
+    skipped = ["free_requested", "segment_alloc", "segment_map"]
+    torch.cuda.memory._record_memory_history(stacks="python", skip_actions=skipped)
+    tensor = block(30 * MIB)
+    del tensor
+    same([entry["action"] for entry in entries("alloc", "free_completed", *skipped)], ["alloc", "free_completed"])
+    torch.cuda.memory._record_memory_history(enabled=None)
+    torch.cuda.memory._record_memory_history(stacks="python", clear_history=True)
+    tensor = block(60 * MIB)
+    del tensor
+    assert entries("free_requested") and entries("segment_alloc", "segment_map"), "skipped although nobody says so"
+    try:
+        torch.cuda.memory._record_memory_history(skip_actions=["dance"])
+    except (RuntimeError, ValueError) as error:
+        assert "dance" in str(error), error
+    else:
+        raise AssertionError("an action that is none was accepted")
+    torch.cuda.memory._record_memory_history(enabled=None)
+
+
+@needs("_set_memory_metadata")
+@on_device()
+def test_metadata_of_a_thread() -> None:
+    """What a thread sets is on the entries of what it does afterwards, and on no other thread's."""
+    memory = torch.cuda.memory
+    if LATER["_memory_metadata_supported"]:
+        assert memory._memory_metadata_supported()
+    memory._record_memory_history(stacks="python")
+    same(memory._get_memory_metadata(), "")
+    kept = [block(3 * MIB)]
+    memory._set_memory_metadata("mine")
+    same(memory._get_memory_metadata(), "mine")
+    kept.append(block(4 * MIB))
+    seen = []
+
+    def elsewhere() -> None:
+        seen.append(memory._get_memory_metadata())
+        memory._set_memory_metadata("its own")
+        kept.append(block(5 * MIB))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    same(seen, [""])
+    same(memory._get_memory_metadata(), "mine")
+    kept.append(block(6 * MIB))
+    memory._set_memory_metadata("")
+    kept.append(block(7 * MIB))
+    found = [(entry["size"] // MIB, entry["user_metadata"]) for entry in entries("alloc")]
+    same(found, [(3, ""), (4, "mine"), (5, "its own"), (6, "mine"), (7, "")])
+    memory._record_memory_history(enabled=None)
+
+
+@needs("_annotate_tensor")
+@on_device()
+def test_annotations_of_a_tensor() -> None:
+    """An entry of its own, with the block's address and size and the note; a view's is its whole tensor's."""
+    memory = torch.cuda.memory
+    tensor = block(3 * MIB)
+    memory._annotate_tensor(tensor, "nobody records this")
+    memory._record_memory_history(stacks="python")
+    memory._annotate_tensor(tensor, "the first")
+    memory._annotate_tensor(tensor[MIB:], "the second")
+    found = [(entry["addr"], entry["size"], entry["user_metadata"]) for entry in entries("annotate")]
+    same(found, [(tensor.data_ptr(), 3 * MIB, note) for note in ("the first", "the second")])
+    memory._record_memory_history(enabled=None)
+
+
+@needs("_allocation_traceback")
+@on_device()
+def test_the_stack_of_an_allocation() -> None:
+    """`_allocation_traceback`: by a live block's address; nothing for any other address, or where nothing was recorded."""
+    memory = torch.cuda.memory
+    before = block(3 * MIB)
+    memory._record_memory_history(stacks="python")
+
+    def allocate_here() -> torch.Tensor:
+        return block(4 * MIB)
+
+    tensor = allocate_here()
+    address = tensor.data_ptr()
+    frames = memory._allocation_traceback(address)
+    assert frames and "allocate_here" in [frame["name"] for frame in frames], frames
+    for other in (before.data_ptr(), address + 512, 0, 0xDEAD000):
+        same(memory._allocation_traceback(other), None, f"{other:#x}")
+    del tensor
+    same(memory._allocation_traceback(address), None, "freed")
+    memory._record_memory_history(enabled=None)
+
+
+@needs("compile_context")
+@on_device(timeout=180)
+def test_what_compiled_code_allocates() -> None:
+    """`compile_context`: entries name the compiled region that they come from, and "N/A" outside of any."""
+    torch.cuda.memory._record_memory_history(stacks="python", compile_context=True)
+    given = block(3 * MIB)
+    compiled = torch.compile(lambda tensor: torch.empty_like(tensor), backend="eager")
+    result = compiled(given)
+    after = block(5 * MIB)
+    found = {entry["addr"]: entry["compile_context"] for entry in entries("alloc")}
+    assert "0/0" in found[result.data_ptr()], found
+    same((found[given.data_ptr()], found[after.data_ptr()]), ("N/A", "N/A"))
+    torch.cuda.memory._record_memory_history(enabled=None)

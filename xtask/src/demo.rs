@@ -14,7 +14,7 @@ const MIB: u64 = 1 << 20;
 
 /// Makes the wheel, installs it and runs the program. The exit status is the program's.
 pub fn run(torch: &str, force_simulator: bool) -> Result<ExitCode> {
-    let environment = Environment::prepare(torch)?;
+    let (environment, _) = Environment::patched(torch)?;
     let gpu = if force_simulator { None } else { ask_for_gpu(&environment)? };
     let mut program = environment.python("tests/python/demo.py");
     let configuration = match &gpu {

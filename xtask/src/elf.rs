@@ -5,14 +5,14 @@ use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use object::elf::{DT_NEEDED, DT_RPATH, DT_RUNPATH, DT_SONAME, FileHeader64, STT_OBJECT, STT_TLS};
-use object::read::elf::{Dyn, ElfFile, Sym as _};
+use object::elf::{DT_NEEDED, DT_RPATH, DT_RUNPATH, DT_SONAME, FileHeader64, STB_GNU_UNIQUE, STT_OBJECT, STT_TLS};
+use object::read::elf::{Dyn, ElfFile};
 use object::{Endianness, Object, ObjectSymbol, ReadCache};
 
 /// A shared library's dynamic symbols, the libraries and symbol versions it needs, and its run path.
 #[derive(Debug, Default)]
 pub struct Library {
-    /// Symbols it defines for others; the value says whether it is weak.
+    /// Symbols it defines for others; the value says whether others may define the same (weak and unique symbols).
     pub exports: BTreeMap<String, bool>,
     /// Symbols that some other library has to define.
     pub imports: BTreeSet<String>,
@@ -46,7 +46,8 @@ impl Library {
             if symbol.is_undefined() {
                 library.imports.insert(name.to_owned());
             } else if symbol.is_global() {
-                library.exports.insert(name.to_owned(), symbol.is_weak());
+                let unique = symbol.elf_symbol().st_bind() == STB_GNU_UNIQUE;
+                library.exports.insert(name.to_owned(), symbol.is_weak() || unique);
             }
         }
         let sections = elf.elf_section_table();

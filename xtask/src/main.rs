@@ -1,9 +1,10 @@
 //! The project's commands: `cargo xtask …`.
 //!
 //! A reader should find a command in the file of its name; what several share lies in `environment` (the virtual
-//! environment with the patched PyTorch), `sim` (the simulator's libraries), `wheel` and the modules it is made of.
+//! environments with a PyTorch), `sim` (the simulator's libraries), `wheel` and `plugin` and the modules they are made of.
 
 mod build_tools;
+mod c_api;
 mod cuda;
 mod demo;
 mod elf;
@@ -11,11 +12,16 @@ mod environment;
 mod exports;
 mod faults;
 mod fingerprint;
+mod index;
 mod lock;
 mod manylinux;
+mod members;
 mod official;
+mod pack;
 mod paths;
 mod pins;
+mod platform_libraries;
+mod plugin;
 mod process;
 mod python;
 mod repack;
@@ -52,7 +58,7 @@ enum Command {
         #[arg(long)]
         sim: bool,
     },
-    /// Runs the tests; without a part, those that take minutes: rust and adapter
+    /// Runs the tests; without a part, those that take minutes: rust, adapter and plugin
     Test {
         part: Option<test::Part>,
         #[command(flatten)]
@@ -63,6 +69,8 @@ enum Command {
     },
     /// Makes the official wheel anew with our allocator in its libc10_cuda.so
     Wheel(WheelArguments),
+    /// Makes the wheel torch-uvm: the allocator as a plug-in for stock PyTorch, one library for each minor version
+    Plugin(PluginArguments),
     /// Measures the allocator against PyTorch's own, in the same wheel on the simulated device
     Bench {
         what: Benchmark,
@@ -113,6 +121,16 @@ struct WheelArguments {
     unpatched: bool,
 }
 
+#[derive(Args)]
+struct PluginArguments {
+    /// Only the library for this version of PyTorch (2.11 or 2.11.0); may be given more than once [default: all].
+    #[arg(long = "torch", value_name = "VERSION")]
+    versions: Vec<String>,
+    /// Where the wheel goes [default: target/wheels].
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
 fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(code) => code,
@@ -128,6 +146,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Demo { torch, sim } => demo::run(&torch.version, sim),
         Command::Test { part, torch, arguments } => test::run(part, &torch.version, &arguments),
         Command::Wheel(arguments) => make_wheel(arguments),
+        Command::Plugin(arguments) => make_plugin(arguments),
         Command::Bench { what: Benchmark::Hotpath, torch, arguments } => {
             test::bench_hotpath(&torch.version, &arguments)
         }
@@ -145,5 +164,12 @@ fn make_wheel(arguments: WheelArguments) -> Result<ExitCode> {
     }
     let _lock = lock::Lock::take()?;
     wheel::make(&request)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn make_plugin(arguments: PluginArguments) -> Result<ExitCode> {
+    let releases = plugin::releases(&arguments.versions, plugin::machine())?;
+    let _lock = lock::Lock::take()?;
+    plugin::make(&releases, &arguments.out.unwrap_or_else(paths::wheels))?;
     Ok(ExitCode::SUCCESS)
 }

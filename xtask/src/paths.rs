@@ -16,6 +16,11 @@ pub fn target() -> PathBuf {
     }
 }
 
+/// Where the wheels that we make go.
+pub fn wheels() -> PathBuf {
+    target().join("wheels")
+}
+
 /// Files fetched from elsewhere, kept so that the next run does not fetch them again.
 pub fn downloads() -> PathBuf {
     target().join("downloads")
@@ -29,6 +34,11 @@ pub fn pristine_sources() -> PathBuf {
 /// The virtual environment that the patched wheel of a release is installed in.
 pub fn venv(torch: &str) -> PathBuf {
     target().join(format!("venv-{torch}"))
+}
+
+/// The virtual environment that an official wheel and the plug-in are installed in.
+pub fn plugin_venv(torch: &str) -> PathBuf {
+    target().join(format!("venv-plugin-{torch}"))
 }
 
 /// The libraries that stand in for CUDA's on a simulated device.

@@ -39,7 +39,7 @@ impl WheelName {
         format!("{}-{}.whl", self.stem(), self.tag())
     }
 
-    fn tag(&self) -> String {
+    pub fn tag(&self) -> String {
         format!("{}-{}-{}", self.python, self.abi, self.platform)
     }
 
@@ -47,7 +47,8 @@ impl WheelName {
         format!("{}-{}", self.package, self.version)
     }
 
-    fn metadata_folder(&self) -> String {
+    /// The folder of the wheel's metadata, with a slash at its end.
+    pub fn metadata_folder(&self) -> String {
         format!("{}.dist-info/", self.stem())
     }
 }
@@ -187,13 +188,17 @@ fn edit_record(text: &str, old_folder: &str, new_folder: &str, changed: &BTreeMa
             None => edited += &format!("{shown},{sum},{size}\n"),
             Some(bytes) => {
                 left.retain(|member| *member != path);
-                let sum = URL_SAFE_NO_PAD.encode(Sha256::digest(bytes));
-                edited += &format!("{shown},sha256={sum},{}\n", bytes.len());
+                edited += &record_line(&shown, bytes);
             }
         }
     }
     ensure!(left.is_empty(), "it does not list {}", left.iter().map(|s| s.as_str()).collect::<Vec<_>>().join(", "));
     Ok(edited)
+}
+
+/// A file's line in RECORD.
+pub fn record_line(path: &str, bytes: &[u8]) -> String {
+    format!("{path},sha256={},{}\n", URL_SAFE_NO_PAD.encode(Sha256::digest(bytes)), bytes.len())
 }
 
 #[cfg(test)]

@@ -2,12 +2,13 @@
 
 use std::process::{Command, ExitCode};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::ValueEnum;
 
-use crate::environment::Environment;
+use crate::environment::{self, Environment};
 use crate::faults;
 use crate::paths;
+use crate::pins;
 use crate::process;
 use crate::sim::{self, Simulator};
 
@@ -16,6 +17,9 @@ const LIBRARIES_VARIABLE: &str = "TORCH_UVM_SIM_LIB";
 /// Folders with CUDA headers, for what the benchmark compiles.
 const CUDA_INCLUDE_VARIABLE: &str = "TORCH_UVM_CUDA_INCLUDE";
 
+/// How many processes run the Python tests at the most.
+const MOST_PROCESSES: usize = 4;
+
 /// A part of the tests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Part {
@@ -23,6 +27,8 @@ pub enum Part {
     Rust,
     /// The patched PyTorch on the simulated device
     Adapter,
+    /// PyTorch as it is published, with the plug-in, on the simulated device
+    Plugin,
     /// PyTorch's own test_cuda.py, with native and with uvm
     Pytorch,
     /// Plants faults in the allocator, one after the other: the Rust tests must notice each
@@ -36,18 +42,20 @@ type Suite = (&'static str, fn(&str, &[String]) -> Result<()>);
 
 const RUST: Suite = ("rust", |_, _| rust());
 const ADAPTER: Suite = ("adapter", adapter);
+const PLUGIN: Suite = ("plugin", |_, arguments| plugin(arguments));
 const PYTORCH: Suite = ("pytorch", pytorch);
 const FAULTS: Suite = ("faults", |_, _| faults::run());
 
 /// What belongs to a part; without one, all that takes minutes.
 fn suites(part: Option<Part>) -> &'static [Suite] {
     match part {
-        None => &[RUST, ADAPTER],
+        None => &[RUST, ADAPTER, PLUGIN],
         Some(Part::Rust) => &[RUST],
         Some(Part::Adapter) => &[ADAPTER],
+        Some(Part::Plugin) => &[PLUGIN],
         Some(Part::Pytorch) => &[PYTORCH],
         Some(Part::Faults) => &[FAULTS],
-        Some(Part::All) => &[RUST, ADAPTER, PYTORCH, FAULTS],
+        Some(Part::All) => &[RUST, ADAPTER, PLUGIN, PYTORCH, FAULTS],
     }
 }
 
@@ -85,28 +93,50 @@ fn rust() -> Result<()> {
 }
 
 fn adapter(torch: &str, arguments: &[String]) -> Result<()> {
-    let (environment, simulator) = (Environment::prepare(torch)?, Simulator::prepare()?);
+    let ((environment, _), simulator) = (Environment::patched(torch)?, Simulator::prepare()?);
+    python_tests("adapter", &environment, &simulator, arguments)
+}
+
+/// The adapter's tests with each release of [`pins::PLUGIN_TESTS`], all of them even if one fails.
+fn plugin(arguments: &[String]) -> Result<()> {
+    let (wheel, simulator) = (environment::plugin_wheel()?, Simulator::prepare()?);
+    let mut failed = Vec::new();
+    for torch in pins::PLUGIN_TESTS {
+        let version = torch.version();
+        eprintln!("==> test plugin: PyTorch {version}");
+        let environment = Environment::stock(torch, &wheel)?;
+        if let Err(error) = python_tests("plugin", &environment, &simulator, arguments) {
+            failed.push(format!("PyTorch {version}: {error:#}"));
+        }
+    }
+    ensure!(failed.is_empty(), "{}", failed.join("; "));
+    Ok(())
+}
+
+/// The tests of tests/python, in a few processes at a time: each keeps a PyTorch loaded.
+fn python_tests(part: &str, environment: &Environment, simulator: &Simulator, arguments: &[String]) -> Result<()> {
     let mut pytest = Command::new(environment.venv.python());
-    pytest.args(["-m", "pytest", "tests/python"]).args(arguments).current_dir(paths::root());
-    pytest.env_remove("PYTHONPATH").env(LIBRARIES_VARIABLE, simulator.libraries());
-    eprintln!("==> test adapter: {}", process::line(&pytest));
+    let processes = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_PROCESSES);
+    pytest.args(["-m", "pytest", "tests/python", &format!("--numprocesses={processes}")]).args(arguments);
+    pytest.current_dir(paths::root()).env_remove("PYTHONPATH").env(LIBRARIES_VARIABLE, simulator.libraries());
+    eprintln!("==> test {part}: {}", process::line(&pytest));
     process::run(&mut pytest)
 }
 
 fn pytorch(torch: &str, arguments: &[String]) -> Result<()> {
-    let (environment, simulator) = (Environment::prepare(torch)?, Simulator::prepare()?);
+    let ((environment, overlay), simulator) = (Environment::patched(torch)?, Simulator::prepare()?);
     let mut suite = environment.python("tests/python/pytorch_suite.py");
-    suite.arg(&environment.overlay.source).args(arguments).env(LIBRARIES_VARIABLE, simulator.libraries());
+    suite.arg(&overlay.source).args(arguments).env(LIBRARIES_VARIABLE, simulator.libraries());
     eprintln!("==> test pytorch: {}", process::line(&suite));
     process::run(&mut suite)
 }
 
 /// `cargo xtask bench`: native and uvm in one run.
 pub fn bench_hotpath(torch: &str, arguments: &[String]) -> Result<ExitCode> {
-    let (environment, simulator) = (Environment::prepare(torch)?, Simulator::prepare()?);
+    let ((environment, overlay), simulator) = (Environment::patched(torch)?, Simulator::prepare()?);
     let mut driver = environment.python("benches/hotpath.py");
     driver.args(arguments).env(LIBRARIES_VARIABLE, simulator.libraries());
-    driver.env(CUDA_INCLUDE_VARIABLE, std::env::join_paths(&environment.overlay.cuda_include)?);
+    driver.env(CUDA_INCLUDE_VARIABLE, std::env::join_paths(&overlay.cuda_include)?);
     eprintln!("==> bench hotpath: {}", process::line(&driver));
     Ok(crate::demo::exit_code(process::status(&mut driver)?))
 }

@@ -19,10 +19,14 @@ pub const PATCH: Tool = Tool { program: "patch", package: "patch" };
 pub const TAR: Tool = Tool { program: "tar", package: "tar" };
 pub const XZ: Tool = Tool { program: "xz", package: "xz-utils" };
 
-/// What [`crate::wheel`] calls. `g++` stands for the compiler: `CXX` may name another.
+/// What [`crate::wheel`] calls.
 pub fn for_wheel() -> Vec<Tool> {
-    let compiler = env::var_os("CXX").is_none().then_some(CXX);
-    compiler.into_iter().chain([PATCH, TAR, XZ]).collect()
+    for_plugin().into_iter().chain([PATCH, TAR, XZ]).collect()
+}
+
+/// What [`crate::plugin`] calls. `g++` stands for the compiler: `CXX` may name another.
+pub fn for_plugin() -> Vec<Tool> {
+    env::var_os("CXX").is_none().then_some(CXX).into_iter().collect()
 }
 
 /// An error that names every missing tool and one command that brings them, or nothing.

@@ -15,11 +15,13 @@ use anyhow::{Context, Result, ensure};
 use zip::ZipArchive;
 
 use crate::build_tools;
+use crate::c_api;
 use crate::cuda::Cuda;
 use crate::elf::Library;
 use crate::exports::{self, User};
 use crate::fingerprint::{Fingerprint, Stamp, sha256_of};
 use crate::manylinux;
+use crate::members::{C10, C10_CUDA};
 use crate::official;
 use crate::paths::{self, shown};
 use crate::pins::{self, TorchRelease};
@@ -30,9 +32,6 @@ use crate::source;
 use crate::step::{Step, Steps};
 use crate::tools;
 use crate::tree;
-
-const C10_CUDA: &str = "torch/lib/libc10_cuda.so";
-const C10: &str = "torch/lib/libc10.so";
 
 /// What is asked for.
 pub struct Request {
@@ -50,7 +49,7 @@ pub struct Request {
 impl Request {
     /// The patched wheel of `release`, everything else as usual.
     pub fn usual(release: &'static TorchRelease) -> Self {
-        Self { release, source: None, official: None, out: paths::target().join("wheels"), unpatched: false }
+        Self { release, source: None, official: None, out: paths::wheels(), unpatched: false }
     }
 }
 
@@ -341,6 +340,9 @@ fn check(
     let ours = Library::read(library)?;
     exports::check(&theirs, &ours, users, &standard_library()?)
         .with_context(|| format!("{} cannot be used", shown(library)))?;
+    if !request.unpatched {
+        c_api::check(&ours, c_api::Home::Both).with_context(|| format!("{} cannot be used", shown(library)))?;
+    }
     ensure!(
         theirs.run_path == ours.run_path,
         "{} has the run path {}, the official one has {}",
