@@ -11,6 +11,7 @@
 #   TORCH_UVM_TORCH_VERSION  major * 100 + minor of this PyTorch; else read from version.txt at the top of the source
 #   TORCH_UVM_CXX11_ABI      libstdc++'s ABI flag, 0 or 1; else found by compiling with CMAKE_CXX_FLAGS
 #   TORCH_UVM_CARGO          cargo; else found in PATH and in ~/.cargo/bin
+#   TORCH_UVM_CARGO_DIR      where cargo builds; else torch_uvm in the build directory
 
 get_filename_component(TORCH_UVM_ROOT "${CMAKE_CURRENT_LIST_DIR}" DIRECTORY)
 
@@ -62,7 +63,10 @@ function(_torch_uvm_rust cxx11_abi cxx_standard target_result library_result hea
         "The uvm allocator needs Rust, and cargo is not in PATH: install it (https://rustup.rs) or set TORCH_UVM_CARGO")
   endif()
   set(target "torch_uvm_rust_abi${cxx11_abi}")
-  set(cargo_dir "${CMAKE_BINARY_DIR}/torch_uvm/abi${cxx11_abi}")
+  if(NOT DEFINED TORCH_UVM_CARGO_DIR)
+    set(TORCH_UVM_CARGO_DIR "${CMAKE_BINARY_DIR}/torch_uvm")
+  endif()
+  set(cargo_dir "${TORCH_UVM_CARGO_DIR}/abi${cxx11_abi}")
   set(header_dir "${cargo_dir}/include")
   set(library "${cargo_dir}/release/libtorch_uvm.a")
   # The cxx crate's own C++ is compiled by its own build script, which takes flags from CXXFLAGS only.

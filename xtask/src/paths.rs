@@ -26,6 +26,11 @@ pub fn downloads() -> PathBuf {
     target().join("downloads")
 }
 
+/// Where the allocator is built as a static library, a folder for each C++ ABI: the overlay and the plug-in share it.
+pub fn bridge() -> PathBuf {
+    target().join("bridge")
+}
+
 /// PyTorch's source as published, before any patch.
 pub fn pristine_sources() -> PathBuf {
     target().join("sources")

@@ -147,6 +147,7 @@ fn compile(step: &Step, plans: &[Plan], venv: &Venv, platform: &PlatformLibrarie
         .arg("-B")
         .arg(build)
         .arg(format!("-DCMAKE_MAKE_PROGRAM={}", venv.program("ninja").display()))
+        .arg(format!("-DTORCH_UVM_CARGO_DIR={}", paths::bridge().display()))
         .arg(format!("-DPLUGIN_VERSIONS={}", numbers.join(";")))
         .arg(format!("-DPLUGIN_SYSTEM_LIBRARIES={}", system.join(";")));
     for plan in plans {

@@ -310,6 +310,7 @@ fn compile(step: &Step, release: &TorchRelease, venv: &Venv, folders: &Folders, 
         .arg(define("OVERLAY_CUDA_RUNTIME", &cuda.runtime_library.to_string_lossy()))
         .arg(define("OVERLAY_RUN_PATH", &run_path))
         .arg(define("GLIBCXX_USE_CXX11_ABI", if abi { "1" } else { "0" }))
+        .arg(define("TORCH_UVM_CARGO_DIR", &paths::bridge().to_string_lossy()))
         .arg(define("TORCH_UVM_TORCH_VERSION", &pins::version_number(release.version())?.to_string()));
     for command in [&mut configure, Command::new(venv.program("cmake")).arg("--build").arg(&build)] {
         command.env("USE_RUST_UVM", "1").env("TORCH_UVM_ROOT", paths::root()).env("CARGO_TARGET_DIR", paths::target());
