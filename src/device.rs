@@ -862,6 +862,11 @@ impl DeviceState {
 
     #[cold]
     fn trace_block(&mut self, action: Action, id: BlockId, context: Option<Context>) {
+        let context = context.or_else(|| self.contexts.get(&id).cloned());
+        self.trace_about(action, id, context, self.labels());
+    }
+
+    fn trace_about(&mut self, action: Action, id: BlockId, context: Option<Context>, labels: Labels) {
         let block = self.blocks[id];
         let list = &self.pools[block.list];
         let entry = TraceEntry {
@@ -872,8 +877,8 @@ impl DeviceState {
             stream: list.stream,
             time: 0,
             mempool: self.pools[list.pool].id,
-            context: context.or_else(|| self.contexts.get(&id).cloned()),
-            labels: self.labels(),
+            context,
+            labels,
         };
         self.trace(entry);
     }
@@ -940,20 +945,8 @@ impl DeviceState {
     /// [`Error::InvalidPointer`].
     pub fn annotate(&mut self, ptr: DevicePtr, metadata: &str) -> Result<()> {
         let id = self.find(ptr)?;
-        let block = self.blocks[id];
-        let list = &self.pools[block.list];
-        let entry = TraceEntry {
-            action: Action::Annotate,
-            device: self.device,
-            address: block.address,
-            bytes: block.requested,
-            stream: list.stream,
-            time: 0,
-            mempool: self.pools[list.pool].id,
-            context: None,
-            labels: Labels { user_metadata: Some(metadata.into()), ..self.labels() },
-        };
-        self.trace(entry);
+        let labels = Labels { user_metadata: Some(metadata.into()), ..self.labels() };
+        self.trace_about(Action::Annotate, id, None, labels);
         Ok(())
     }
 
