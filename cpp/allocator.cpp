@@ -135,6 +135,12 @@ struct PoolState : c10cca::AllocatorState {
 
 } // namespace
 
+// Throws for what is wrong with our options in the environment.
+void check_options() {
+  rust::String options;
+  check(bridge::options(options));
+}
+
 UvmAllocator& UvmAllocator::instance() {
   static auto* allocator = new UvmAllocator();
   return *allocator;
@@ -146,6 +152,7 @@ std::string UvmAllocator::name() {
 
 void UvmAllocator::init(int device_count) {
   const bool first = !bridge::initialized();
+  check_options(); // before PyTorch's, whose parser is at a loss with a backend beside use_uvm
   parse_environment();
   check(bridge::init(device_count, native_settings()));
   if (const double fraction = per_process_memory_fraction(); first && fraction != 1.0) {
@@ -427,13 +434,11 @@ void UvmAllocator::pop_compile_context() {
 }
 
 void UvmAllocator::set_user_metadata(const std::string& metadata) {
-  check(bridge::set_user_metadata(current_device(), bytes_of(metadata)));
+  bridge::set_user_metadata(bytes_of(metadata));
 }
 
 std::string UvmAllocator::user_metadata() {
-  rust::String metadata;
-  check(bridge::user_metadata(current_device(), metadata));
-  return std::string(metadata);
+  return std::string(bridge::user_metadata());
 }
 
 void UvmAllocator::annotate(const void* ptr, const std::string& metadata) {

@@ -479,23 +479,6 @@ impl Allocator {
         Ok(())
     }
 
-    /// What every trace entry of a device from now on says beside the rest; empty: nothing.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device.
-    pub fn set_user_metadata(&self, device: DeviceIndex, metadata: &str) -> Result<()> {
-        settled(self.device(device)?).set_user_metadata(metadata);
-        Ok(())
-    }
-
-    /// What [`Allocator::set_user_metadata`] was given last.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device.
-    pub fn user_metadata(&self, device: DeviceIndex) -> Result<Option<Arc<str>>> {
-        Ok(settled(self.device(device)?).user_metadata())
-    }
-
     /// Notes something about a live allocation in the trace.
     ///
     /// # Errors

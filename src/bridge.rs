@@ -13,6 +13,7 @@ use crate::allocator::{Allocator, CustomAllocator};
 use crate::driver::cuda::CudaDriver;
 use crate::driver::{DeviceIndex, DevicePtr, Stream};
 use crate::error::{Error, Result};
+use crate::history;
 use crate::options::AccessPattern;
 use crate::pools::MempoolId;
 use cxx::{SharedPtr, UniquePtr};
@@ -285,8 +286,9 @@ pub(crate) mod ffi {
         fn snapshot(pool: PoolId, with_traces: bool, out: &mut Snapshot) -> bool;
         fn push_compile_context(device: i32, name: &[u8]) -> bool;
         fn pop_compile_context(device: i32) -> bool;
-        fn set_user_metadata(device: i32, metadata: &[u8]) -> bool;
-        fn user_metadata(device: i32, out: &mut String) -> bool;
+        /// This thread's.
+        fn set_user_metadata(metadata: &[u8]);
+        fn user_metadata() -> String;
 
         // Private pools. `custom`: the CUDAAllocator of a MemPool, or 0.
         fn begin_allocate_to_pool(device: i32, pool: PoolId, filter: UniquePtr<StreamFilter>, custom: u64) -> bool;
@@ -514,12 +516,16 @@ fn pop_compile_context(device: DeviceIndex) -> bool {
     with(|allocator| allocator.pop_compile_context(device)).is_some()
 }
 
-fn set_user_metadata(device: DeviceIndex, metadata: &[u8]) -> bool {
-    with(|allocator| allocator.set_user_metadata(device, &text(metadata))).is_some()
+fn set_user_metadata(metadata: &[u8]) {
+    // Nothing here fails but for a panic, and then the metadata stays as it was.
+    let _ = guarded(|| {
+        history::set_user_metadata(&text(metadata));
+        Ok(())
+    });
 }
 
-fn user_metadata(device: DeviceIndex, out: &mut String) -> bool {
-    answer(out, |allocator| allocator.user_metadata(device), |text| text.as_deref().unwrap_or_default().to_owned())
+fn user_metadata() -> String {
+    guarded(|| Ok(history::user_metadata())).flatten().as_deref().unwrap_or_default().to_owned()
 }
 
 fn begin_allocate_to_pool(

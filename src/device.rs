@@ -17,7 +17,7 @@ use crate::blocks::{Block, BlockId, BlockState, Blocks, ListId, MIN_BLOCK};
 use crate::budget::{Budget, Populated};
 use crate::driver::{DeviceIndex, DeviceInfo, DevicePtr, Driver, IpcHandle, Stream};
 use crate::error::{Error, Result};
-use crate::history::{Action, Context, History, Labels, Recording, TraceEntry};
+use crate::history::{Action, Context, History, Labels, Recording, TraceEntry, user_metadata};
 use crate::options::{AccessPattern, NativeOptions, Options};
 use crate::pools::{DEFAULT_POOL, List, MempoolId, PoolId, Pools};
 use crate::segments::{Memory, Segment, SegmentId, round_size};
@@ -132,7 +132,6 @@ pub struct DeviceState {
     history: History,
     /// The compiled functions that are running, innermost last.
     compile_contexts: Vec<Arc<str>>,
-    user_metadata: Option<Arc<str>>,
     /// Whether [`Hooks::trace`] wants entries.
     tracked: bool,
     /// `history.enabled() || tracked`: one test on the hot path.
@@ -181,7 +180,6 @@ impl DeviceState {
             pool_reserved: FxHashMap::default(),
             history: History::default(),
             compile_contexts: Vec::new(),
-            user_metadata: None,
             tracked: false,
             tracing: false,
             contexts: FxHashMap::default(),
@@ -916,7 +914,7 @@ impl DeviceState {
     }
 
     fn labels(&self) -> Labels {
-        Labels { compile_context: self.compile_contexts.last().cloned(), user_metadata: self.user_metadata.clone() }
+        Labels { compile_context: self.compile_contexts.last().cloned(), user_metadata: user_metadata() }
     }
 
     /// A compiled function begins; its name goes into the trace.
@@ -927,16 +925,6 @@ impl DeviceState {
     /// The compiled function that began last has ended.
     pub fn pop_compile_context(&mut self) {
         self.compile_contexts.pop();
-    }
-
-    /// What the program wants every trace entry from now on to say; empty: nothing.
-    pub fn set_user_metadata(&mut self, metadata: &str) {
-        self.user_metadata = (!metadata.is_empty()).then(|| metadata.into());
-    }
-
-    /// What was set last.
-    pub fn user_metadata(&self) -> Option<Arc<str>> {
-        self.user_metadata.clone()
     }
 
     /// Notes something about a live allocation in the trace.

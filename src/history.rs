@@ -3,6 +3,7 @@
 use crate::driver::{DeviceIndex, Stream};
 use crate::pools::MempoolId;
 use std::any::Any;
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -113,6 +114,22 @@ pub struct TraceEntry {
     pub context: Option<Context>,
     /// What the program said of itself.
     pub labels: Labels,
+}
+
+thread_local! {
+    static USER_METADATA: RefCell<Option<Arc<str>>> = const { RefCell::new(None) };
+}
+
+/// What every trace entry that this thread causes from now on says beside the rest, on whatever device; empty: nothing.
+pub fn set_user_metadata(metadata: &str) {
+    let metadata = (!metadata.is_empty()).then(|| metadata.into());
+    // While a thread ends, its storage may be gone already: then nobody will read it either.
+    let _ = USER_METADATA.try_with(|kept| *kept.borrow_mut() = metadata);
+}
+
+/// What this thread set last.
+pub fn user_metadata() -> Option<Arc<str>> {
+    USER_METADATA.try_with(|kept| kept.borrow().clone()).ok().flatten()
 }
 
 /// What [`History::configure`] is asked for.

@@ -114,6 +114,7 @@ int torch_uvm_activate() {
 const char* torch_uvm_check_settings(const char* settings) {
   return guarded<const char*>(nullptr, [&] {
     // First the environment's, so that they do not override what is set now.
+    check_options();
     parse_environment();
     check(bridge::check_settings(bytes(settings), torch_uvm_enabled() == 1));
     return kept_text(std::string(bridge::without_ours(bytes(settings))));

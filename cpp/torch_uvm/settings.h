@@ -7,4 +7,7 @@ namespace torch_uvm {
 // The patched PyTorch knows our keys and steps over them; from a stock one they are hidden meanwhile.
 void parse_environment();
 
+// Throws for what is wrong with our own options in the environment.
+void check_options();
+
 } // namespace torch_uvm

@@ -4,7 +4,7 @@ use crate::world::{GIB, MIB, World};
 use std::sync::Arc;
 use torch_uvm::driver::DevicePtr;
 use torch_uvm::error::Error;
-use torch_uvm::history::{Action, Actions, Context, RecordContext, Recording};
+use torch_uvm::history::{self, Action, Actions, Context, RecordContext, Recording};
 use torch_uvm::options::NativeOptions;
 use torch_uvm::pools::DEFAULT_POOL;
 use torch_uvm_sim::{Config, PointerKind};
@@ -263,14 +263,15 @@ fn the_trace_says_what_the_program_says_of_itself() {
     allocator.push_compile_context(0, "inner").unwrap();
     let a = world.empty(1000, 0).unwrap();
     allocator.pop_compile_context(0).unwrap();
-    allocator.set_user_metadata(0, "phase one").unwrap();
-    assert_eq!(allocator.user_metadata(0).unwrap().as_deref(), Some("phase one"));
+    history::set_user_metadata("phase one");
+    assert_eq!(history::user_metadata().as_deref(), Some("phase one"));
+    std::thread::spawn(|| assert_eq!(history::user_metadata(), None, "another thread's is its own")).join().unwrap();
     let b = world.empty(1000, 0).unwrap();
     allocator.annotate(b, "the second").unwrap();
     for _ in 0..3 {
         allocator.pop_compile_context(0).unwrap(); // one too many is no error
     }
-    allocator.set_user_metadata(0, "").unwrap();
+    history::set_user_metadata("");
     let c = world.empty(1000, 0).unwrap();
     let traces = allocator.snapshot(DEFAULT_POOL, true).unwrap().traces;
     let said: Vec<_> = traces[0]
