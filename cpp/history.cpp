@@ -88,7 +88,7 @@ bridge::Action action_named(const std::string& name) {
     }
     known.append(known.empty() ? "" : ", ").append(theirs);
   }
-  TORCH_CHECK_VALUE(false, "skip_actions: '", name, "' is not allowed: expected some of ", known);
+  TORCH_CHECK(false, "skip_actions: '", name, "' is not allowed: expected some of ", known);
 }
 
 c10cca::TraceEntry translate(const bridge::TraceEntry& entry) {
