@@ -3,6 +3,7 @@
 #include <torch_uvm/failure.h>
 #include <torch_uvm/observers.h>
 #include <torch_uvm/settings.h>
+#include <torch_uvm/text.h>
 
 #include <c10/core/impl/GPUTrace.h>
 #include <c10/cuda/CUDAException.h>
@@ -28,10 +29,6 @@ std::uint64_t address(const void* ptr) {
 
 void* pointer(std::uint64_t address) {
   return reinterpret_cast<void*>(address);
-}
-
-rust::Slice<const std::uint8_t> bytes_of(const std::string& text) {
-  return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
 }
 
 std::uint64_t handle(cudaStream_t stream) {

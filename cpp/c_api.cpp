@@ -3,8 +3,7 @@
 #include <torch_uvm/allocator.h>
 #include <torch_uvm/c_guard.h>
 #include <torch_uvm/failure.h>
-
-#include <string_view>
+#include <torch_uvm/text.h>
 
 namespace torch_uvm {
 
@@ -74,11 +73,7 @@ int torch_uvm_memory_info(int device, torch_uvm_memory_info_t* info) {
 
 int torch_uvm_set_pool_placement(int device, uint64_t pool_first, uint64_t pool_second, const char* placement) {
   return guarded(-1, [&] {
-    const std::string_view name(placement);
-    check(bridge::set_pool_placement(
-        device,
-        {pool_first, pool_second},
-        {reinterpret_cast<const std::uint8_t*>(name.data()), name.size()}));
+    check(bridge::set_pool_placement(device, {pool_first, pool_second}, bytes_of(placement)));
     return 0;
   });
 }

@@ -3,6 +3,7 @@
 #include <torch_uvm/allocator.h>
 #include <torch_uvm/failure.h>
 #include <torch_uvm/settings.h>
+#include <torch_uvm/text.h>
 
 #include <c10/cuda/RustUvm.h>
 
@@ -18,10 +19,6 @@ namespace c10::cuda::CUDACachingAllocator::RustUvm {
 
 namespace {
 
-rust::Slice<const std::uint8_t> bytes(std::string_view text) {
-  return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
-}
-
 bool active() {
   return get() == &torch_uvm::UvmAllocator::instance();
 }
@@ -33,12 +30,12 @@ CUDAAllocator* chosen() {
 }
 
 void checkSettings(const char* settings) {
-  torch_uvm::check(torch_uvm::bridge::check_settings(bytes(settings ? settings : ""), active()));
+  torch_uvm::check(torch_uvm::bridge::check_settings(torch_uvm::bytes_of(settings ? settings : ""), active()));
 }
 
 void settingsChanged(const std::string& settings) {
   if (active()) {
-    torch_uvm::check(torch_uvm::bridge::apply_settings(bytes(settings), torch_uvm::native_settings()));
+    torch_uvm::check(torch_uvm::bridge::apply_settings(torch_uvm::bytes_of(settings), torch_uvm::native_settings()));
   }
 }
 

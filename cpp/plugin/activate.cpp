@@ -6,20 +6,16 @@
 #include <torch_uvm/c_guard.h>
 #include <torch_uvm/failure.h>
 #include <torch_uvm/settings.h>
+#include <torch_uvm/text.h>
 
 #include <cstdlib>
 #include <mutex>
 #include <optional>
 #include <string>
-#include <string_view>
 
 namespace torch_uvm {
 
 namespace {
-
-rust::Slice<const std::uint8_t> bytes(std::string_view text) {
-  return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
-}
 
 // Takes our keys out of one environment variable, as getenv sees it, and puts them back at the end: processes that are
 // started later must find them.
@@ -30,7 +26,7 @@ class Hidden {
     if (value == nullptr) {
       return;
     }
-    const std::string theirs(bridge::without_ours(bytes(value)));
+    const std::string theirs(bridge::without_ours(bytes_of(value)));
     if (theirs == value) {
       return;
     }
@@ -116,15 +112,15 @@ const char* torch_uvm_check_settings(const char* settings) {
     // First the environment's, so that they do not override what is set now.
     check_options();
     parse_environment();
-    check(bridge::check_settings(bytes(settings), torch_uvm_enabled() == 1));
-    return kept_text(std::string(bridge::without_ours(bytes(settings))));
+    check(bridge::check_settings(bytes_of(settings), torch_uvm_enabled() == 1));
+    return kept_text(std::string(bridge::without_ours(bytes_of(settings))));
   });
 }
 
 int torch_uvm_apply_settings(const char* settings) {
   return guarded(-1, [&] {
     if (torch_uvm_enabled() == 1) {
-      check(bridge::apply_settings(bytes(settings), native_settings()));
+      check(bridge::apply_settings(bytes_of(settings), native_settings()));
     }
     return 0;
   });
