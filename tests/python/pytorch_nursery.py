@@ -183,13 +183,8 @@ def facts() -> dict[str, Any]:
     }
 
 
-def carry_out(name: str, test_file: TestFile, conf_of_children: str | None) -> dict[str, Any]:
+def carry_out(name: str, test_file: TestFile) -> dict[str, Any]:
     """Does, in a fork, what was asked: `*` the list of tests, else the test of that name."""
-    if conf_of_children is not None:
-        import torch
-
-        torch.cuda.init()  # this process's own configuration is settled with it
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = conf_of_children
     module = test_file.load()
     if name == "*":
         return {"tests": all_tests(unittest.defaultTestLoader.loadTestsFromModule(module))}
@@ -202,11 +197,11 @@ def carry_out(name: str, test_file: TestFile, conf_of_children: str | None) -> d
     return {"outcome": result.outcome, "detail": result.detail}
 
 
-def answer_request(request: list[Any], test_file: TestFile, conf_of_children: str | None) -> dict[str, Any]:
+def answer_request(request: list[Any], test_file: TestFile) -> dict[str, Any]:
     """Has a fork carry out a request."""
     name, allowed = request
     # Abrupt: a test that failed half-way may have left threads and captures behind that would hold up a proper end.
-    ended = in_fork(lambda: carry_out(name, test_file, conf_of_children), allowed, abrupt=True)
+    ended = in_fork(lambda: carry_out(name, test_file), allowed, abrupt=True)
     reply = ended.reply or {"outcome": "error", "detail": f"{ended.ending}\n{ended.output[-6000:]}"}
     if reply.get("outcome") == "failed" and ended.output.strip():
         reply["detail"] += f"--- printed\n{ended.output[-3000:]}"
@@ -254,7 +249,6 @@ def main() -> None:
     parser.add_argument("--backend", required=True, help="the allocator that must be in place")
     parser.add_argument("--timeout", type=float, required=True, help="seconds for anything but a test")
     parser.add_argument("--import", dest="ahead", action="append", default=[], help="a module to import ahead")
-    parser.add_argument("--conf-of-children", help="the allocator configuration of processes that a test starts")
     arguments = parser.parse_args()
     test_file = TestFile(arguments.test_file.resolve())
     os.chdir(test_file.path.parent)
@@ -282,7 +276,7 @@ def main() -> None:
     def answer(request: list[Any]) -> dict[str, Any]:
         if request[0] == "?":
             return {"facts": found, "missing": missing}
-        return answer_request([request[0], request[1]], test_file, arguments.conf_of_children)
+        return answer_request([request[0], request[1]], test_file)
 
     serve(answer)
 

@@ -2,13 +2,9 @@
 """Runs a test file of PyTorch's own twice, with `native` and with `uvm`, and compares test by test.
 
 On the simulated device (`cargo xtask test pytorch`, or by hand with the Python of an environment that holds the patched
-wheel, or a stock one with the plug-in):
+wheel, or a stock one with the plug-in); pytorch_gpu.py is for a real GPU:
 
-    TORCH_UVM_SIM_LIB=DIR python tests/python/pytorch_suite.py PATH_TO_PYTORCH_SOURCE [-k SUBSTRING]
-
-On this machine's GPU, which it must have to itself (see `Share`):
-
-    python tests/python/pytorch_suite.py PATH_TO_PYTORCH_SOURCE --gpu [--suite cudagraph_trees] [--deadline SECONDS]
+    TORCH_UVM_SIM_LIB=DIR python tests/python/pytorch_suite.py PATH_TO_PYTORCH_SOURCE [-k SUBSTRING] [--suite cudagraph_trees]
 
 Every test that passes with `native` must pass with `uvm`, but for those in pytorch_exceptions.json; otherwise the exit
 status is 1. It is 1 as well if a test was not run because the deadline came. The outcomes go to
@@ -30,7 +26,6 @@ import collections
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -51,7 +46,7 @@ EXCEPTIONS = HERE / "pytorch_exceptions.json"
 #: What the tests compile lies here.
 WORK = ROOT / "target"
 MOST_EXCEPTIONS = 10
-#: No exception may be about what an allocator is there for.
+#: No exception on the simulated device may be about what an allocator is there for.
 NEVER_EXCEPTED = re.compile(r"graph|pool|stream|stat|snapshot", re.IGNORECASE)
 #: Tests that compile an extension may take this long, in seconds, and are started first.
 COMPILING_TIMEOUT = 400.0
@@ -85,68 +80,6 @@ SUITES = {
         {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
     ),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How much of a real GPU uvm may take
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one of `jobs` tests that run at once may have of a real GPU's memory with uvm, as oversubscription ratios.
-
-    Managed memory that exceeds what the GPU has free can hang it for everybody. So all of the uvm processes together
-    stay under a quarter of the memory, and the GPU must be empty at the start. A test has most of its part for itself,
-    and leaves enough for four processes that it may start.
-    """
-
-    jobs: int
-
-    #: Of the GPU's memory, for all uvm processes together.
-    ALL = 0.25
-    #: Of a GPU's memory that must be free before anything is started.
-    FREE = 0.95
-
-    @property
-    def test(self) -> float:
-        """The ratio in the test's own process."""
-        return self.ALL / self.jobs * 0.8
-
-    @property
-    def child(self) -> float:
-        """The ratio in each process that a test starts."""
-        return self.ALL / self.jobs * 0.05
-
-
-def conf(ratio: float) -> str:
-    """The allocator configuration with this ratio."""
-    return f"use_uvm:True,uvm_oversubscription_ratio:{ratio:.4f}"
-
-
-def check_gpu_is_free(patience: float) -> dict[str, Any]:
-    """Asks, in another process, what the GPU has free, until it is enough; SystemExit after `patience` seconds."""
-    code = "import json, torch; print(json.dumps([torch.cuda.get_device_name(), *torch.cuda.mem_get_info()]))"
-    variables = {key: value for key, value in os.environ.items() if not key.startswith(simulated.CHOSEN)}
-    until = time.monotonic() + patience
-    while True:
-        asked = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
-        if asked.returncode != 0:
-            raise SystemExit(f"no GPU that PyTorch can use:\n{asked.stderr}")
-        name, free, total = json.loads(asked.stdout.splitlines()[-1])
-        if free >= Share.FREE * total:
-            return {"gpu": name, "free_bytes": free, "total_bytes": total}
-        if time.monotonic() > until:
-            raise SystemExit(
-                f"{name}: {free >> 20} of {total >> 20} MiB are free, and {Share.FREE:.0%} must be: the tests need the "
-                "GPU to themselves"
-            )
-        time.sleep(1)
-
-
-#: What a test says that wants the GPU's memory to itself, or measures something that others disturb.
-WANTS_GPU_ALONE = re.compile(
-    r"serialTest|largeTensorTest|total_memory|mem_get_info|memory_fraction|device_memory_used|elapsed_time|perf_counter"
-)
 
 
 def tests_that_say(pattern: re.Pattern[str], source: str) -> set[str]:
@@ -210,25 +143,19 @@ class Nurseries:
     def __init__(self, arguments: argparse.Namespace, log: TextIO) -> None:
         self._arguments = arguments
         self._log = log
-        self._idle: dict[tuple[str, int], list[Client]] = collections.defaultdict(list)
+        self._idle: dict[str, list[Client]] = collections.defaultdict(list)
         self._lock = threading.Lock()
         self._started = 0
 
-    def take(self, backend: str, jobs: int) -> Client:
-        """One for a test of this backend that runs beside `jobs - 1` others. To be given back."""
+    def take(self, backend: str) -> Client:
+        """One for a test of this backend. To be given back."""
         with self._lock:
-            idle = self._idle[self._kind(backend, jobs)]
-            return idle.pop() if idle else self._start(backend, jobs)
+            return self._idle[backend].pop() if self._idle[backend] else self._start(backend)
 
-    def give_back(self, backend: str, jobs: int, client: Client) -> None:
+    def give_back(self, backend: str, client: Client) -> None:
         """For the next one who asks."""
         with self._lock:
-            self._idle[self._kind(backend, jobs)].append(client)
-
-    def warm_up(self, backend: str, jobs: int, count: int) -> None:
-        """Starts some ahead, which import what they need while others work."""
-        for _ in range(count):
-            self.give_back(backend, jobs, self._start(backend, jobs))
+            self._idle[backend].append(client)
 
     def close(self) -> None:
         """Ends them."""
@@ -236,11 +163,7 @@ class Nurseries:
             for client in clients:
                 client.close()
 
-    def _kind(self, backend: str, jobs: int) -> tuple[str, int]:
-        # How many run at once says how much memory uvm may have on a real GPU, and makes no difference elsewhere.
-        return backend, jobs if backend == "uvm" and self._arguments.gpu else 0
-
-    def _start(self, backend: str, jobs: int) -> Client:
+    def _start(self, backend: str) -> Client:
         arguments = self._arguments
         suite = SUITES[arguments.suite]
         command = [sys.executable, str(HERE / "pytorch_nursery.py"), str(arguments.source / suite.file)]
@@ -253,25 +176,17 @@ class Nurseries:
             "TORCH_EXTENSIONS_DIR": str(WORK / "torch-extensions" / f"{backend}-{self._started}"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
         }
-        if arguments.gpu:
-            environment = {key: value for key, value in os.environ.items() if not key.startswith(simulated.CHOSEN)}
-            environment.update(variables, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs)))
-            if backend == "uvm":
-                share = Share(jobs)
-                environment["PYTORCH_CUDA_ALLOC_CONF"] = conf(share.test)
-                command += ["--conf-of-children", conf(share.child)]
-        else:
-            environment = simulated.environment(
-                "use_uvm:True" if backend == "uvm" else "",
-                device=arguments.device,
-                hbm=arguments.hbm,
-                host=arguments.host,
-                devices=arguments.devices,
-                schedule=arguments.schedule,
-                require=True,
-                CUDA_HOME=str(WORK / "cuda-home"),
-                **variables,
-            )
+        environment = simulated.environment(
+            "use_uvm:True" if backend == "uvm" else "",
+            device=arguments.device,
+            hbm=arguments.hbm,
+            host=arguments.host,
+            devices=arguments.devices,
+            schedule=arguments.schedule,
+            require=True,
+            CUDA_HOME=str(WORK / "cuda-home"),
+            **variables,
+        )
         return Client(f"the tests with {backend}", command, environment, self._log)
 
 
@@ -329,7 +244,7 @@ class Run:
         self, work: Work, queue: collections.deque[str], answers: Answers, until: float, failures: list[BaseException]
     ) -> None:
         try:
-            client = self.nurseries.take(work.backend, work.jobs)
+            client = self.nurseries.take(work.backend)
             while not failures and time.monotonic() < until:
                 try:
                     name = queue.popleft()
@@ -343,7 +258,7 @@ class Run:
                 with self._progress:
                     answers[name] = answer
                     self._tell(name, work.backend, answer)
-            self.nurseries.give_back(work.backend, work.jobs, client)
+            self.nurseries.give_back(work.backend, client)
         except BaseException as failure:
             failures.append(failure)
 
@@ -364,38 +279,7 @@ def run_simulated(run: Run, names: list[str], outcomes: dict[str, Answers], argu
     run.together([Work(backend, names, each) for backend in outcomes], outcomes, run.end(1))
 
 
-def run_on_gpu(run: Run, names: list[str], outcomes: dict[str, Answers], arguments: argparse.Namespace) -> None:
-    """Runs the tests with one backend after the other: first those that can share the GPU, then the others.
-
-    A test that found too little memory beside others is run once more alone.
-    """
-    # Those that compile an extension would hold up all others for long, and use little memory.
-    alone = tests_that_say(WANTS_GPU_ALONE, run.source) - tests_that_say(COMPILES, run.source)
-    parts = {"native": (0.33, 0.45), "uvm": (0.78, 0.92)} if len(outcomes) == 2 else {list(outcomes)[0]: (0.8, 0.95)}
-    for backend, (first_part, second_part) in parts.items():
-        for other in outcomes:
-            run.nurseries.warm_up(other, arguments.jobs, arguments.jobs if other != backend else 0)
-        check_gpu_is_free(patience=20)
-        # What does not pass with native has nothing to say about uvm: last.
-        interesting = [name for name in names if outcomes.get("native", {}).get(name, NOT_RUN)["outcome"] == "passed"]
-        queue = interesting + [name for name in names if name not in set(interesting)] if backend == "uvm" else names
-        answers = outcomes[backend]
-        shared = [name for name in queue if not is_among(name, alone)]
-        run.together([Work(backend, shared, arguments.jobs)], outcomes, run.end(first_part))
-        run.say(f"{backend}: {count(answers[name]['outcome'] for name in shared)} beside each other")
-        starved = [
-            name
-            for name in shared
-            if answers[name]["outcome"] == "failed" and "OutOfMemoryError" in answers[name]["detail"]
-        ]
-        single = [name for name in queue if is_among(name, alone)] + starved
-        run.together([Work(backend, single, 1)], outcomes, run.end(second_part))
-        run.say(f"{backend}: {count(answers[name]['outcome'] for name in single)} alone")
-
-
-def steady(
-    run: Run, suspects: list[str], outcomes: dict[str, Answers], arguments: argparse.Namespace
-) -> dict[str, list[str]]:
+def steady(run: Run, suspects: list[str], outcomes: dict[str, Answers]) -> dict[str, list[str]]:
     """Runs the suspects again, thrice; answers how they fared with uvm.
 
     One that does not always pass with native proves nothing about uvm (a test that looks at what a kernel should have
@@ -406,8 +290,7 @@ def steady(
     for _ in range(3):
         answers: dict[str, Answers] = {backend: {} for backend in BACKENDS}
         works = [Work(backend, suspects, 1) for backend in BACKENDS]
-        for together in [[work] for work in works] if arguments.gpu else [works]:
-            run.together(together, answers, run.end(1))
+        run.together(works, answers, run.end(1))
         for name in suspects:
             if answers["native"][name]["outcome"] not in ("passed", "not run"):
                 outcomes["native"][name] = answers["native"][name]
@@ -434,7 +317,8 @@ def read_exceptions(path: Path, where: str, suite: str) -> dict[str, str]:
     problems += [f"no suite {key}" for suites in lists.values() for key in suites if key not in SUITES]
     problems += [f"{name} has no reason" for name, reason in every if not str(reason).strip()]
     # The method's name: every class of cudagraph_trees is about graphs, and so is every test in it.
-    never = [name for name, _ in every if NEVER_EXCEPTED.search(name.rpartition(".")[2])]
+    simulated_ones = [name for tests in lists.get("simulated", {}).values() for name in tests]
+    never = [name for name in simulated_ones if NEVER_EXCEPTED.search(name.rpartition(".")[2])]
     problems += [f"{name} is about what an allocator is for" for name in never]
     if len(every) > MOST_EXCEPTIONS:
         problems.append(f"{len(every)} entries, at most {MOST_EXCEPTIONS} are allowed")
@@ -464,14 +348,11 @@ def write_outcomes(
 
 def run_suite(arguments: argparse.Namespace) -> int:
     """The whole run: lists, runs, compares, reports."""
-    exceptions = read_exceptions(EXCEPTIONS, "gpu" if arguments.gpu else "simulated", arguments.suite)
+    exceptions = read_exceptions(EXCEPTIONS, "simulated", arguments.suite)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     backends = arguments.backends.split(",")
     about: dict[str, Any] = {"suite": arguments.suite}
-    if arguments.gpu:
-        about.update(check_gpu_is_free(patience=0))
-    else:
-        make_cuda_home(WORK / "cuda-home")
+    make_cuda_home(WORK / "cuda-home")
     for lock in (WORK / "torch-extensions").glob("*/*/lock"):
         lock.unlink()  # of a process that was ended while it compiled: the next would wait for ever
     outcomes: dict[str, Answers] = {backend: {} for backend in backends}
@@ -479,23 +360,21 @@ def run_suite(arguments: argparse.Namespace) -> int:
     suspects: list[str] = []
     with open(arguments.out.with_suffix(".log"), "w") as log:
         run = Run(arguments, log)
-        if arguments.gpu:
-            run.nurseries.warm_up(backends[0], arguments.jobs, arguments.jobs)
-        first = run.nurseries.take(backends[0], arguments.jobs)
+        first = run.nurseries.take(backends[0])
         listing = first.ask(["*", START_TIMEOUT])
         about.update(first.ask(["?"]))
         about["facts"].pop("backend")
-        run.nurseries.give_back(backends[0], arguments.jobs, first)
+        run.nurseries.give_back(backends[0], first)
         names = [name for name in listing.get("tests", []) if arguments.k in name]
         if not names:
             raise SystemExit(f"no tests: {listing.get('detail', '')}\n(asked for names with {arguments.k!r})")
         run.say(f"{len(names)} tests")
         try:
-            (run_on_gpu if arguments.gpu else run_simulated)(run, names, outcomes, arguments)
+            run_simulated(run, names, outcomes, arguments)
             if set(backends) == set(BACKENDS):
                 passing = [name for name in names if outcomes["native"][name]["outcome"] == "passed"]
                 suspects = [name for name in passing if outcomes["uvm"][name]["outcome"] not in ("passed", "not run")]
-                again = steady(run, suspects, outcomes, arguments) if suspects else {}
+                again = steady(run, suspects, outcomes) if suspects else {}
         finally:
             # Whatever happened: what has been learnt so far.
             table = write_outcomes(arguments, names, outcomes, about)
@@ -528,7 +407,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the unpacked source of PyTorch (its test/ folder is what is used)")
     parser.add_argument("--suite", choices=SUITES, default="cuda", help="which test file (default cuda: test_cuda.py)")
-    parser.add_argument("--gpu", action="store_true", help="on this machine's GPU, not on the simulated device")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "target" / "pytorch-tests.json", help="where the outcomes go"
     )
