@@ -5,10 +5,13 @@
 //! `grow.rs`; pools of graphs and MemPools in `private.rs`; what a snapshot shows in `snapshot.rs`.
 
 mod grow;
+mod places;
 mod private;
 mod snapshot;
 
 pub use grow::REQUEST_LIMIT;
+pub use places::SegmentPlace;
+pub(crate) use places::no_allocation;
 pub use private::{PoolState, Restored};
 pub use snapshot::{BlockInfo, SegmentInfo};
 
@@ -17,11 +20,11 @@ use crate::blocks::{Block, BlockId, BlockState, Blocks, ListId, MIN_BLOCK};
 use crate::budget::{Budget, Populated};
 use crate::driver::{DeviceIndex, DeviceInfo, DevicePtr, Driver, IpcHandle, Stream};
 use crate::error::{Error, Result};
-use crate::history::{Action, Context, History, Labels, Recording, TraceEntry, user_metadata};
+use crate::history::{Action, Context, History, Labels, PlaceHistory, Recording, TraceEntry, user_metadata};
 use crate::options::{AccessPattern, NativeOptions, Options};
 use crate::pools::{DEFAULT_POOL, List, MempoolId, PoolId, Pools};
 use crate::segments::{Memory, Segment, SegmentId, round_size};
-use crate::stats::{DeviceStats, StatArray};
+use crate::stats::{DeviceStats, PlaceStats, StatArray};
 use crate::streams::Waits;
 use crate::thread_cache::{self, Slot, ThreadCache, ThreadId};
 use rustc_hash::FxHashMap;
@@ -129,7 +132,10 @@ pub struct DeviceState {
     stats: DeviceStats,
     /// Reserved bytes of private pools; those of pools that are gone stay until statistics are reset.
     pool_reserved: FxHashMap<MempoolId, StatArray>,
+    places: PlaceStats,
     history: History,
+    /// What was populated where, while the history is recorded.
+    samples: PlaceHistory,
     /// The compiled functions that are running, innermost last.
     compile_contexts: Vec<Arc<str>>,
     /// Whether [`Hooks::trace`] wants entries.
@@ -178,7 +184,9 @@ impl DeviceState {
             captures: Vec::new(),
             stats: DeviceStats::default(),
             pool_reserved: FxHashMap::default(),
+            places: PlaceStats::default(),
             history: History::default(),
+            samples: PlaceHistory::default(),
             compile_contexts: Vec::new(),
             tracked: false,
             tracing: false,
@@ -229,12 +237,14 @@ impl DeviceState {
     /// Starts the accumulated statistics anew.
     pub fn reset_accumulated_stats(&mut self) {
         self.stats.reset_accumulated();
+        self.places.reset_accumulated();
         self.reset_pool_stats(StatArray::reset_accumulated);
     }
 
     /// Starts the peaks anew.
     pub fn reset_peak_stats(&mut self) {
         self.stats.reset_peak();
+        self.places.reset_peak();
         self.reset_pool_stats(StatArray::reset_peak);
     }
 
@@ -270,7 +280,7 @@ impl DeviceState {
             found = self.best_fit(&request);
         }
         Ok(match found {
-            Some(block) => Ok(self.hand_out(block, &request, context.take())),
+            Some(block) => Ok(self.hand_out(block, &request, context.take())?),
             None => Err(request),
         })
     }
@@ -341,10 +351,16 @@ impl DeviceState {
     }
 
     /// Makes a free block the program's, less what is worth a block of its own.
+    ///
+    /// # Errors
+    /// The driver's, where pages must be moved or populated first; the block is free then as before.
     #[inline]
-    fn hand_out(&mut self, block: BlockId, request: &Request, context: Option<Context>) -> DevicePtr {
+    fn hand_out(&mut self, block: BlockId, request: &Request, context: Option<Context>) -> Result<DevicePtr> {
         let split = self.should_split(block, request);
-        self.hand_out_part(block, request, split, context)
+        if self.blocks[block].has_marks {
+            return self.hand_out_marked(block, request, split, context);
+        }
+        Ok(self.hand_out_part(block, request, split, context))
     }
 
     /// As [`DeviceState::hand_out`], but exactly the request's bytes, whatever the options say of splitting now.
@@ -443,6 +459,7 @@ impl DeviceState {
                 request.rounded
             )));
         };
+        self.populate_all_raw(self.blocks[block].segment, stream)?;
         let before = address - self.blocks[block].address;
         if before == 0 {
             return Ok(self.hand_out_exactly(block, &request, context));
@@ -520,11 +537,11 @@ impl DeviceState {
     /// Whether a freed block could serve this thread's next request without anybody noticing: nothing but its size and
     /// stream decides who gets it, and nobody wants to hear of it.
     fn may_park(&self, block: BlockId) -> bool {
-        let Block { bytes, list, has_uses, has_context, oversize, .. } = self.blocks[block];
+        let Block { bytes, list, has_uses, has_context, oversize, has_marks, .. } = self.blocks[block];
         self.plain_rounding
             && !self.tracing
             && self.captures.is_empty()
-            && !(has_uses || has_context || oversize)
+            && !(has_uses || has_context || oversize || has_marks)
             && bytes < self.native.max_split_size
             && self.pools[list].pool == PoolId::DEFAULT
     }
@@ -842,6 +859,9 @@ impl DeviceState {
     /// Starts or stops the history.
     pub fn set_history(&mut self, recording: Recording) {
         self.empty_threads();
+        if !recording.enabled || recording.clear {
+            self.samples.clear();
+        }
         self.history.configure(recording);
         self.tracing = self.history.enabled() || self.tracked;
     }

@@ -17,6 +17,7 @@ pub mod driver;
 pub mod error;
 pub mod history;
 pub mod options;
+pub mod pages;
 pub mod placement;
 pub mod pools;
 pub mod segments;

@@ -10,6 +10,7 @@ use crate::driver::{CaptureMode, DevicePtr, Driver, DriverError, ErrorKind, Rang
 use crate::error::{Error, Limit, OutOfMemory, Result};
 use crate::history::{Action, Context};
 use crate::options::AccessPattern;
+use crate::pages::{self, Marks, PAGE};
 use crate::placement;
 use crate::pools::{DEFAULT_POOL, MempoolId, PoolId};
 use crate::segments::{Memory, Place, SMALL_STEP, Segment, SegmentId, population_step, range_bytes};
@@ -37,13 +38,13 @@ struct Growth {
 type Obtained = std::result::Result<BlockId, Exceeded>;
 
 /// Relaxed capture mode for this thread, until dropped.
-struct Relaxed {
+pub(super) struct Relaxed {
     driver: Arc<dyn Driver>,
     before: CaptureMode,
 }
 
 impl Relaxed {
-    fn enter(driver: &Arc<dyn Driver>) -> Result<Self> {
+    pub(super) fn enter(driver: &Arc<dyn Driver>) -> Result<Self> {
         let before = driver.exchange_capture_mode(CaptureMode::Relaxed)?;
         Ok(Self { driver: Arc::clone(driver), before })
     }
@@ -72,7 +73,7 @@ impl DeviceState {
         let obtained = self.obtain(&request, &context);
         drop(relaxed);
         match obtained? {
-            Ok(block) => Ok(self.hand_out(block, &request, context)),
+            Ok(block) => self.hand_out(block, &request, context),
             Err(exceeded) => Err(self.out_of_memory(&request, exceeded, context)),
         }
     }
@@ -255,7 +256,7 @@ impl DeviceState {
             return self.shortage(error);
         }
         self.segment_mut(id).filled += bytes;
-        self.populated.add(place, bytes);
+        self.count_populated(place, bytes);
         if self.blocks[last].state == BlockState::Free {
             let free = &mut self.pools[list].free;
             free.remove(&mut self.blocks, last);
@@ -290,7 +291,7 @@ impl DeviceState {
         let filled = if bytes < hole_bytes { self.blocks.split_front(hole, bytes) } else { hole };
         self.put_back(filled);
         self.segment_mut(id).vacant -= bytes;
-        self.populated.add(place, bytes);
+        self.count_populated(place, bytes);
         self.count_reserved(list, bytes);
         self.trace_segment(Action::SegmentMap, id, address, bytes, context.clone());
         Ok(Ok(()))
@@ -384,13 +385,7 @@ impl DeviceState {
             return Ok(());
         };
         let driver = Arc::clone(&self.driver);
-        let capturing = match driver.stream_is_capturing(self.device, request.stream) {
-            Ok(capturing) => capturing,
-            // The legacy stream may not even be asked while a blocking stream captures.
-            Err(error) if error.kind == ErrorKind::StreamCapture => true,
-            Err(error) => return Err(error),
-        };
-        if !capturing {
+        if !self.captures_now(request.stream)? {
             return driver.prefetch(self.device, range, to, request.stream);
         }
         let side = self.side_stream()?;
@@ -399,7 +394,7 @@ impl DeviceState {
     }
 
     /// The stream for what cannot run on the program's.
-    fn side_stream(&mut self) -> crate::driver::Result<Stream> {
+    pub(super) fn side_stream(&mut self) -> crate::driver::Result<Stream> {
         match self.side_stream {
             Some(side) => Ok(side),
             None => Ok(*self.side_stream.insert(self.driver.stream_create(self.device)?)),
@@ -443,13 +438,14 @@ impl DeviceState {
             list,
             last: block,
             free_since: self.pools[list].requests,
+            marks: Marks::default(),
             // `state` asks for the stacks of live allocations only, and a segment is none.
             context: context.clone().filter(|_| self.history.keeps_context()),
         });
         self.pools[list].free.insert(&mut self.blocks, block);
         let pool = self.pools[list].pool;
         self.pools[pool].segments += 1;
-        self.populated.add(place, populated);
+        self.count_populated(place, populated);
         self.count_reserved(list, populated);
         if growing {
             self.growing.entry(list).or_default().push(id);
@@ -489,7 +485,7 @@ impl DeviceState {
 
     /// Gives one wholly free segment back to CUDA.
     fn release_segment(&mut self, id: SegmentId, context: &Option<Context>) -> Result<()> {
-        let Segment { base, list, growing, memory, place, oversize, .. } = *self.segment(id);
+        let Segment { base, list, growing, memory, oversize, .. } = *self.segment(id);
         let populated = self.segment(id).populated();
         let (freed, kept) = if growing {
             (Action::SegmentUnmap, Action::SegmentMap)
@@ -520,7 +516,7 @@ impl DeviceState {
             }
             self.blocks.discard(block);
         }
-        self.populated.sub(place, populated);
+        self.count_gone(id);
         let (small, pool) = (self.pools[list].small, self.pools[list].pool);
         self.pools[pool].segments -= 1;
         self.count_unreserved(list, populated);
@@ -578,18 +574,23 @@ impl DeviceState {
             .filter(|&id| placement::can_shrink(self.segment(id).place, &self.info, &self.options) && self.in_use(id))
             .flat_map(|id| self.blocks_of(id))
             .filter(|&block| self.blocks[block].state == BlockState::Free)
-            .map(|block| (block, self.whole_pages(block).1))
+            .map(|block| (block, self.pages_at_home(block).iter().map(pages::bytes).sum()))
             .filter(|&(_, bytes)| bytes > 0)
             .collect()
     }
 
-    /// The whole pages inside a block of a growing segment (which begins at one): where they begin, in bytes from the
-    /// block's start, and how many bytes they are.
-    fn whole_pages(&self, block: BlockId) -> (u64, u64) {
-        let Block { address, bytes, .. } = self.blocks[block];
-        let first = address.next_multiple_of(SMALL_STEP);
-        let end = (address + bytes) / SMALL_STEP * SMALL_STEP;
-        (first - address, end.saturating_sub(first))
+    /// The whole pages inside a block of a growing segment that lie where the segment's place says, and have its advice:
+    /// runs of them, lowest first.
+    fn pages_at_home(&self, block: BlockId) -> Vec<std::ops::Range<u64>> {
+        let Block { address, bytes, segment, has_marks, .. } = self.blocks[block];
+        let segment = self.segment(segment);
+        let whole = pages::inside(address - segment.base.0, bytes);
+        if !has_marks {
+            return if whole.is_empty() { Vec::new() } else { vec![whole] };
+        }
+        let marks = &segment.marks;
+        let special = |page| [&marks.away, &marks.resettled, &marks.advised].iter().any(|set| set.contains(page));
+        pages::runs(whole, |page| !special(page))
     }
 
     /// Gives the whole pages of free blocks back; an error does not keep the others.
@@ -600,10 +601,18 @@ impl DeviceState {
         self.wait_for_device()?;
         let mut first = Ok(());
         for (block, _) in free {
-            let vacated = self.vacate(block, context);
+            let vacated = self.vacate_block(block, context);
             first = first.and(vacated);
         }
         first
+    }
+
+    fn vacate_block(&mut self, mut block: BlockId, context: &Option<Context>) -> Result<()> {
+        // What is left of the block is below: the next run lies in it.
+        for run in self.pages_at_home(block).into_iter().rev() {
+            block = self.vacate(block, run, context)?;
+        }
+        Ok(())
     }
 
     /// Waits for all work on the device. Making and freeing an empty range takes microseconds, and waits also where some
@@ -618,29 +627,39 @@ impl DeviceState {
         freed
     }
 
-    /// Gives the whole pages of a free block back that no stream uses any more: discards them. The address space stays, as a
-    /// hole or beyond the segment's end, and is populated as if it were new before it is used again.
-    fn vacate(&mut self, block: BlockId, context: &Option<Context>) -> Result<()> {
-        let (before, bytes) = self.whole_pages(block);
+    /// Gives pages of a free block back that no stream uses any more: discards them. The address space stays, as a hole or
+    /// beyond the segment's end, and is populated as if it were new before it is used again. Answers the block that is left
+    /// below them.
+    fn vacate(&mut self, block: BlockId, pages: std::ops::Range<u64>, context: &Option<Context>) -> Result<BlockId> {
         let Block { address, bytes: block_bytes, segment: id, list, .. } = self.blocks[block];
-        let start = DevicePtr(address + before);
+        let start = self.segment(id).base.offset(pages.start * PAGE);
+        let (before, bytes) = (start.0 - address, pages::bytes(&pages));
         // As before a whole segment goes.
         self.trace_segment(Action::SegmentUnmap, id, start.0, bytes, context.clone());
+        let mut queued = false;
         let discarded = self.side_stream().and_then(|side| {
             self.driver.discard(self.device, Range { ptr: start, bytes }, side)?;
+            queued = true;
             // Whatever stream populates and uses these bytes next comes after.
             self.driver.stream_synchronize(self.device, side)
         });
         if let Err(error) = discarded {
+            if queued {
+                self.segment_mut(id).marks.raw.insert(pages);
+                self.blocks[block].has_marks = true;
+            }
             self.trace_segment(Action::SegmentMap, id, start.0, bytes, context.clone());
             return Err(error.into());
         }
 
+        self.places.discarded += bytes;
+        self.segment_mut(id).marks.raw.remove(pages);
         let free = &mut self.pools[list].free;
         free.remove(&mut self.blocks, block);
+        let mut below = BlockId::NONE;
         if before > 0 {
-            let front = self.blocks.split_front(block, before);
-            free.insert(&mut self.blocks, front);
+            below = self.blocks.split_front(block, before);
+            free.insert(&mut self.blocks, below);
         }
         let mut hole = block;
         if before + bytes < block_bytes {
@@ -672,9 +691,9 @@ impl DeviceState {
             segment.vacant -= hole_bytes;
             segment.last = prev;
         }
-        self.populated.sub(place, bytes);
+        self.count_unpopulated(place, bytes);
         self.count_unreserved(list, bytes);
-        Ok(())
+        Ok(below)
     }
 
     /// Gives segments back one after the other; an error does not keep the others.
@@ -749,7 +768,8 @@ impl DeviceState {
         let on_device: Vec<_> = self
             .releasable(PoolId::DEFAULT)
             .into_iter()
-            .filter(|&(id, _)| self.segment(id).place == Place::Device)
+            .map(|(id, _)| (id, self.segment(id).populated_in(Place::Device)))
+            .filter(|&(_, bytes)| bytes > 0)
             .collect();
         for (id, bytes) in on_device {
             if excess == 0 {

@@ -270,6 +270,11 @@ pub trait Driver: Send + Sync + 'static {
     /// and may then not be queried. While capturing: always.
     fn event_record(&self, device: DeviceIndex, event: Event, stream: Stream) -> Result<()>;
 
+    /// What is queued on the stream from now on waits for the event's last record; an event never recorded is no wait.
+    /// Does not wait itself. While capturing: the wait becomes part of the graph on a capturing stream; an event last
+    /// recorded in a capture draws the stream into it. The allocator only orders streams that do not capture.
+    fn stream_wait_event(&self, device: DeviceIndex, stream: Stream, event: Event) -> Result<()>;
+
     /// Whether everything before the last record has completed. An event never recorded has completed.
     /// While capturing: relaxed; never for an event last recorded in a capture.
     fn event_query(&self, device: DeviceIndex, event: Event) -> Result<bool>;

@@ -2,6 +2,7 @@
 
 mod caching;
 mod faults;
+mod hints;
 mod limits;
 mod model;
 mod private_pools;
