@@ -82,6 +82,25 @@ pub enum Advice {
     UnsetReadMostly,
 }
 
+impl Advice {
+    /// What [`Advice::named`] knows.
+    pub const EXPECTED: &str = "set_preferred_location, unset_preferred_location, set_accessed_by, unset_accessed_by, \
+                                set_read_mostly or unset_read_mostly";
+
+    /// The advice of a name (`cudaMemoryAdvise` without its prefix); `location` is for those that have one.
+    pub fn named(name: &str, location: Location) -> Option<Self> {
+        Some(match name {
+            "set_preferred_location" => Self::SetPreferredLocation(location),
+            "unset_preferred_location" => Self::UnsetPreferredLocation,
+            "set_accessed_by" => Self::SetAccessedBy(location),
+            "unset_accessed_by" => Self::UnsetAccessedBy(location),
+            "set_read_mostly" => Self::SetReadMostly,
+            "unset_read_mostly" => Self::UnsetReadMostly,
+            _ => return None,
+        })
+    }
+}
+
 /// `CUstreamCaptureMode`: which calls are forbidden while some stream captures.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum CaptureMode {
