@@ -53,6 +53,8 @@ pub struct Block {
     pub bytes: u64,
     /// What the program asked for, before rounding; 0 while free.
     pub requested: u64,
+    /// How many bytes of the device the program had freed in all when it was handed out last.
+    pub born: u64,
     /// The neighbour below in the same segment.
     pub prev: BlockId,
     /// The neighbour above in the same segment.
@@ -115,6 +117,7 @@ impl Blocks {
             address,
             bytes,
             requested: 0,
+            born: 0,
             prev,
             next,
             bin_prev: BlockId::NONE,

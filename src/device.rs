@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::history::{Action, Context, History, Labels, PlaceHistory, Recording, TraceEntry, user_metadata};
 use crate::options::{AccessPattern, NativeOptions, Options};
 use crate::pools::{DEFAULT_POOL, List, MempoolId, PoolId, Pools};
+use crate::pressure::{Movers, Pressure};
 use crate::segments::{Memory, Segment, SegmentId, round_size};
 use crate::stats::{DeviceStats, PlaceStats, StatArray};
 use crate::streams::Waits;
@@ -71,13 +72,15 @@ fn rounds_plainly(native: &NativeOptions) -> bool {
 }
 
 /// Counts what a thread's cache did with a block.
-fn merge_slot(slot: &Slot, blocks: &mut Blocks, pools: &Pools, stats: &mut DeviceStats) {
+fn merge_slot(slot: &Slot, blocks: &mut Blocks, pools: &Pools, stats: &mut DeviceStats, clock: &mut u64) {
     if slot.rounds == 0 {
         return;
     }
     let block = &mut blocks[slot.block];
     let small = pools[block.list].small;
     block.requested = slot.requested;
+    *clock += slot.rounds * slot.bytes;
+    block.born = *clock;
     for counts in [&mut stats.allocation, &mut stats.active] {
         counts.exchange(small, slot.rounds, slot.rounds);
     }
@@ -133,6 +136,12 @@ pub struct DeviceState {
     /// Reserved bytes of private pools; those of pools that are gone stay until statistics are reset.
     pool_reserved: FxHashMap<MempoolId, StatArray>,
     places: PlaceStats,
+    pressure: Pressure,
+    movers: Movers,
+    /// Bytes freed by the program in all: the clock by which allocations age.
+    clock: u64,
+    /// Live allocations that were moved out to make room, by address, and the clock then.
+    moved: FxHashMap<u64, u64>,
     history: History,
     /// What was populated where, while the history is recorded.
     samples: PlaceHistory,
@@ -185,6 +194,10 @@ impl DeviceState {
             stats: DeviceStats::default(),
             pool_reserved: FxHashMap::default(),
             places: PlaceStats::default(),
+            pressure: Pressure::default(),
+            movers: Movers::default(),
+            clock: 0,
+            moved: FxHashMap::default(),
             history: History::default(),
             samples: PlaceHistory::default(),
             compile_contexts: Vec::new(),
@@ -407,6 +420,7 @@ impl DeviceState {
     #[inline]
     fn occupy(&mut self, block: BlockId, request: &Request, context: Option<Context>) -> DevicePtr {
         let taken = &mut self.blocks[block];
+        taken.born = self.clock;
         taken.state = BlockState::Allocated;
         taken.requested = request.bytes;
         let (address, bytes, list) = (taken.address, taken.bytes, taken.list);
@@ -588,9 +602,14 @@ impl DeviceState {
     #[inline]
     pub fn settle(&mut self) {
         self.take_from_threads(false);
-        let Self { threads, blocks, pools, stats, .. } = self;
+        self.merge_threads();
+    }
+
+    /// Counts what the threads' caches did; the blocks stay there.
+    fn merge_threads(&mut self) {
+        let Self { threads, blocks, pools, stats, clock, .. } = self;
         for cache in threads.iter().flatten() {
-            cache.merge(|slot| merge_slot(slot, blocks, pools, stats));
+            cache.merge(|slot| merge_slot(slot, blocks, pools, stats, clock));
         }
     }
 
@@ -647,10 +666,18 @@ impl DeviceState {
         })
     }
 
+    /// Takes a block out of the cache it is in, if it is the program's. No block is freed by that.
+    fn take_live(&mut self, block: BlockId) -> bool {
+        let Block { address, thread, .. } = self.blocks[block];
+        let cache = self.threads.get(thread.index()).and_then(Option::as_ref);
+        let slot = cache.and_then(|cache| cache.take_live(address));
+        slot.inspect(|slot| self.leave_thread(slot)).is_some()
+    }
+
     /// A block has left its thread's cache: the books learn what happened to it there.
     fn leave_thread(&mut self, slot: &Slot) {
-        let Self { blocks, pools, stats, .. } = self;
-        merge_slot(slot, blocks, pools, stats);
+        let Self { blocks, pools, stats, clock, .. } = self;
+        merge_slot(slot, blocks, pools, stats, clock);
         blocks[slot.block].thread = ThreadId::NONE;
         if slot.parked {
             self.live.remove(&slot.address);
@@ -662,8 +689,12 @@ impl DeviceState {
     /// Counts an allocation out. Its block is not free yet.
     #[inline]
     fn end_allocation(&mut self, block: BlockId) {
-        let Self { blocks, pools, stats, .. } = self;
+        if self.blocks[block].has_marks {
+            self.moved_is_freed(block);
+        }
+        let Self { blocks, pools, stats, clock, .. } = self;
         let freed = &mut blocks[block];
+        *clock += freed.bytes;
         let small = pools[freed.list].small;
         stats.allocation.decrease(small, 1);
         stats.allocated_bytes.decrease(small, freed.bytes);

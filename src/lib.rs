@@ -20,6 +20,7 @@ pub mod options;
 pub mod pages;
 pub mod placement;
 pub mod pools;
+pub mod pressure;
 pub mod segments;
 pub mod stats;
 pub mod streams;

@@ -95,7 +95,12 @@ impl DeviceState {
             if self.release_oversize(request, context)? && self.new_memory(request, context)?.is_ok() {
                 return Ok(self.best_fit(request).ok_or(self.nothing_left()));
             }
+            let before = self.populated.total();
             self.release_cached(DEFAULT_POOL, context)?;
+            let given_back = before - self.populated.total();
+            self.places.hard_reclamations += 1;
+            self.places.reclaimed += given_back;
+            tracing::debug!(device = self.device, bytes = given_back, "all caches were given back at a limit");
             self.stats.num_alloc_retries += 1;
             // Waiting for events may have freed enough in partly used segments.
             if let Some(block) = self.best_fit(request) {
@@ -147,18 +152,30 @@ impl DeviceState {
         let custom = self.pools[self.pools[request.list].pool].custom;
         let step = population_step(request.rounded, request.rounded, 0, &self.native);
         let pattern = self.pools[self.pools[request.list].pool].placement.unwrap_or(self.options.access_pattern);
-        let plan = placement::plan(pattern, self.populated.device, step, self.budget.device_limit());
         if let Some(custom) = custom {
             return self.fixed_segment(request, Memory::Custom(custom), Place::Unplaced, step, context);
         }
-        if plan.place == Place::Device {
-            self.relieve(step, request, context)?;
+        let limit = self.budget.device_limit();
+        match pattern {
+            AccessPattern::GpuFirst => {
+                self.relieve(step, request, context)?;
+                self.note_pressure(step);
+                let excess = self.populated.device.saturating_add(step).saturating_sub(limit);
+                // What will not fit on the device whatever moves out is placed in host memory at once.
+                if excess > 0 && step <= limit {
+                    self.make_room(excess, request.stream)?;
+                }
+            }
+            AccessPattern::Device => self.relieve(step, request, context)?,
+            AccessPattern::Balanced | AccessPattern::CpuFirst => {}
         }
+        let plan = placement::plan(pattern, self.populated.device, step, limit);
         // A private pool lives as long as its graphs and is brought back to checkpoints segment by segment; what PyTorch knows
         // of it, it knows of segments like `native`'s.
         let private = self.pools[request.list].pool != PoolId::DEFAULT && !self.native.expandable_segments;
         if plan.memory == Memory::Device || private || request.rounded >= self.native.max_split_size {
-            return self.fixed_segment(request, plan.memory, plan.place, step, context);
+            let made = self.fixed_segment(request, plan.memory, plan.place, step, context)?;
+            return Ok(made.inspect(|()| self.note_overflow(pattern, plan.place)));
         }
         let grows = match (self.hole_that_fits(request, plan.place), self.segment_with_room(request, plan.place)) {
             (Some(hole), Some(end)) => Some(if hole.missing <= end.missing { hole } else { end }),
@@ -177,9 +194,17 @@ impl DeviceState {
         };
         // Close to a limit the step may be too much where the request itself is not.
         let least = missing.next_multiple_of(SMALL_STEP);
-        match populate(self, step)? {
-            Err(_) if least < step => populate(self, least),
-            populated => Ok(populated),
+        let populated = match populate(self, step)? {
+            Err(_) if least < step => populate(self, least)?,
+            populated => populated,
+        };
+        Ok(populated.inspect(|()| self.note_overflow(pattern, plan.place)))
+    }
+
+    /// Notes that new memory was placed somewhere: in the host because there was no room on the device?
+    fn note_overflow(&mut self, pattern: AccessPattern, place: Place) {
+        if pattern == AccessPattern::GpuFirst && place == Place::Host {
+            self.movers.grew(self.clock, self.budget.device_limit());
         }
     }
 
@@ -268,6 +293,8 @@ impl DeviceState {
             self.pools[list].free.insert(&mut self.blocks, tail);
         }
         self.count_reserved(list, bytes);
+        let tail = self.segment(id).last;
+        self.blocks[tail].has_marks |= self.is_marked(tail);
         self.trace_segment(Action::SegmentMap, id, start.0, bytes, context.clone());
         Ok(Ok(()))
     }
@@ -289,6 +316,7 @@ impl DeviceState {
             return self.shortage(error);
         }
         let filled = if bytes < hole_bytes { self.blocks.split_front(hole, bytes) } else { hole };
+        self.blocks[filled].has_marks |= self.is_marked(filled);
         self.put_back(filled);
         self.segment_mut(id).vacant -= bytes;
         self.count_populated(place, bytes);
@@ -442,6 +470,7 @@ impl DeviceState {
             // `state` asks for the stacks of live allocations only, and a segment is none.
             context: context.clone().filter(|_| self.history.keeps_context()),
         });
+        self.blocks[block].has_marks = self.is_marked(block);
         self.pools[list].free.insert(&mut self.blocks, block);
         let pool = self.pools[list].pool;
         self.pools[pool].segments += 1;
@@ -752,14 +781,27 @@ impl DeviceState {
         for orphan in std::mem::take(&mut self.orphans) {
             self.abandon(orphan);
         }
+        self.note_pressure(0);
         first
     }
 
     /// Stage 1 of reclamation: when the device is nearly full, wholly free segments on it are given back before it is
     /// populated further for a request, then the free pages of others.
     fn relieve(&mut self, bytes: u64, request: &Request, context: &Option<Context>) -> Result<()> {
+        let before = self.populated.device;
+        let relieved = self.give_back_on_device(bytes, request, context);
+        let given_back = before - self.populated.device;
+        if given_back > 0 {
+            self.places.light_reclamations += 1;
+            self.places.reclaimed += given_back;
+            tracing::debug!(device = self.device, bytes = given_back, "cached memory was given back");
+        }
+        relieved
+    }
+
+    fn give_back_on_device(&mut self, bytes: u64, request: &Request, context: &Option<Context>) -> Result<()> {
         let limit = self.budget.device_limit();
-        let keep = ((self.options.stage1_threshold * limit as f64) as u64).max(self.options.stage1_min_bytes);
+        let keep = self.pressure.margin(limit, self.keep_free());
         let wanted = self.populated.device.saturating_add(bytes).saturating_add(keep);
         if wanted <= limit || !self.captures.is_empty() || self.options.access_pattern == AccessPattern::Device {
             return Ok(());

@@ -10,7 +10,8 @@ use crate::history::{Context, PlaceSample};
 use crate::options::AccessPattern;
 use crate::pages::{self, PAGE};
 use crate::placement;
-use crate::pools::MempoolId;
+use crate::pools::{DEFAULT_POOL, MempoolId};
+use crate::pressure::Resident;
 use crate::segments::{Memory, Place, Segment, SegmentId};
 use crate::stats::{PlaceStats, format_size};
 use std::ops;
@@ -108,6 +109,120 @@ impl DeviceState {
     pub(super) fn count_unpopulated(&mut self, place: Place, bytes: u64) {
         self.populated.sub(place, bytes);
         self.populated_changed();
+    }
+
+    /// How much of the device limit stage 1 keeps free, in bytes.
+    pub(super) fn keep_free(&self) -> u64 {
+        let share = (self.options.stage1_threshold * self.budget.device_limit() as f64) as u64;
+        share.max(self.options.stage1_min_bytes)
+    }
+
+    /// Finds out how short of device memory it is when `more` bytes are wanted there.
+    pub(super) fn note_pressure(&mut self, more: u64) {
+        if self.options.access_pattern != AccessPattern::GpuFirst {
+            return;
+        }
+        let limit = self.budget.device_limit();
+        if self.pressure.observe(limit, self.populated.device, more, self.keep_free()) {
+            let stage = self.pressure.stage();
+            self.places.stage = stage as u64;
+            self.places.stage_changes += 1;
+            tracing::debug!(device = self.device, ?stage, populated = self.populated.device, limit, "stage changed");
+        }
+    }
+
+    /// Moves live memory to the host until `bytes` more fit under the device limit: the youngest of what lives long
+    /// ([`Movers`](crate::pressure::Movers)). Answers whether they do; where there is not enough to move, nothing moves. Not
+    /// while anything is captured: a graph knows nothing of moves.
+    ///
+    /// # Errors
+    /// The driver's. What has moved stays out.
+    pub(super) fn make_room(&mut self, bytes: u64, stream: Stream) -> Result<bool> {
+        let may = self.options.prefetch && self.captures.is_empty() && self.movers.may_search(self.clock);
+        if !may || self.captures_now(stream)? {
+            return Ok(false);
+        }
+        let wanted = bytes.next_multiple_of(PAGE);
+        let (clock, limit) = (self.clock, self.budget.device_limit());
+        let residents = self.residents();
+        let chosen = self.movers.choose(residents, clock, limit, wanted);
+        let pages = chosen.iter().map(|&(_, bytes)| bytes / PAGE).sum();
+        if chosen.is_empty() || self.room_for(Place::Host, pages)? < pages {
+            return Ok(false);
+        }
+        for (address, bytes) in chosen {
+            self.move_out(self.find(DevicePtr(address))?, bytes / PAGE, stream)?;
+        }
+        self.places.hard_reclamations += 1;
+        self.places.reclaimed += wanted;
+        Ok(true)
+    }
+
+    /// The live allocations that may move out: of the default pool and of MemPools (a graph's memory is used where it was
+    /// captured), with whole pages on the device about which the program has not said anything.
+    fn residents(&mut self) -> Vec<Resident> {
+        let of_program = |id: MempoolId| id == DEFAULT_POOL || id.0 != 0;
+        self.merge_threads();
+        let large: Vec<BlockId> =
+            self.live.values().copied().filter(|&block| self.blocks[block].bytes >= PAGE).collect();
+        let mut found = Vec::new();
+        for block in large {
+            // What a thread has parked is not live.
+            if self.blocks[block].thread.is_some() && !self.take_live(block) {
+                continue;
+            }
+            let Block { address, born, segment, list, .. } = self.blocks[block];
+            if !of_program(self.pools[self.pools[list].pool].id) {
+                continue;
+            }
+            let on_device: u64 = self.movable(block).iter().map(pages::bytes).sum();
+            if on_device > 0 && self.segment(segment).memory == Memory::Managed {
+                found.push(Resident { address, born, bytes: on_device });
+            }
+        }
+        found
+    }
+
+    /// The whole pages inside a block that lie on the device, and have the allocator's advice.
+    fn movable(&self, block: BlockId) -> Vec<ops::Range<u64>> {
+        let Block { address, bytes, segment, .. } = self.blocks[block];
+        let segment = self.segment(segment);
+        pages::runs(pages::inside(address - segment.base.0, bytes), |page| {
+            Self::lies(segment, page) == Place::Device && !segment.marks.advised.contains(page)
+        })
+    }
+
+    /// Moves the last `count` movable pages of a live block to the host, where the GPU reaches them.
+    fn move_out(&mut self, block: BlockId, count: u64, stream: Stream) -> Result<()> {
+        let Block { address, segment: id, born, .. } = self.blocks[block];
+        let mut missing = count;
+        self.blocks[block].has_marks = true;
+        for run in self.movable(block).into_iter().rev() {
+            let run = run.start.max(run.end.saturating_sub(missing))..run.end;
+            if run.is_empty() {
+                break;
+            }
+            missing -= run.end - run.start;
+            self.readvise(id, run.clone(), Place::Host)?;
+            self.carry(id, run.clone(), Place::Host, false, (stream, false))?;
+            self.places.moved_out += self.count_moved(id, run, Place::Host);
+        }
+        self.places.moves_out += 1;
+        self.moved.entry(address).or_insert(self.clock);
+        let (device, bytes, age) = (self.device, count * PAGE, self.clock - born);
+        tracing::debug!(device, address = format_args!("{address:#x}"), bytes, age, "live memory was moved out");
+        Ok(())
+    }
+
+    /// The program has freed a block with marks: perhaps one that was moved out.
+    #[cold]
+    pub(super) fn moved_is_freed(&mut self, block: BlockId) {
+        let Some(moved) = self.moved.remove(&self.blocks[block].address) else { return };
+        if self.movers.freed(moved, self.clock, self.budget.device_limit()) {
+            self.places.regrets += 1;
+            let age = self.movers.age(self.budget.device_limit());
+            tracing::debug!(device = self.device, age, "memory was freed soon after it had been moved out");
+        }
     }
 
     fn populated_changed(&mut self) {
@@ -322,11 +437,11 @@ impl DeviceState {
         Ok(ptr)
     }
 
-    /// Whether something is special about pages that a block lies in.
+    /// Whether something is special about pages that a block lies in, or they may have to move when it is used again.
     pub(super) fn is_marked(&self, block: BlockId) -> bool {
         let Block { address, bytes, segment, .. } = self.blocks[block];
         let segment = self.segment(segment);
-        segment.marks.any(pages::touched(address - segment.base.0, bytes))
+        self.wanted(segment) != segment.place || segment.marks.any(pages::touched(address - segment.base.0, bytes))
     }
 
     /// Makes the first `bytes` of a free block fit to be handed out: pages that were moved away come home, where there is
@@ -350,15 +465,29 @@ impl DeviceState {
             Place::Unplaced => Vec::new(),
             wanted => pages::runs(free.clone(), |page| Self::lies(segment, page) != wanted),
         };
-        if strays.is_empty() && !segment.marks.any(touched.clone()) {
+        let segment_in_host = segment.place == Place::Host;
+        let astray = strays.iter().map(|run| run.end - run.start).sum();
+        let marks = &segment.marks;
+        let rests = !marks.any(touched.clone())
+            || !marks.raw.any(touched.clone())
+                && !marks.advised.any(free.clone())
+                && free.clone().all(|page| marks.away.contains(page) == marks.resettled.contains(page));
+        if astray == 0 && rests {
             return Ok(());
         }
+        let mut room = if astray == 0 { 0 } else { self.room_for(wanted, astray)? };
         let _relaxed = Relaxed::enter(&self.driver)?;
+        if room < astray && wanted == Place::Device && self.make_room((astray - room) * PAGE, stream)? {
+            room = self.room_for(wanted, astray)?;
+        }
+        if segment_in_host && room < astray {
+            // It was placed there whole because it did not fit.
+            room = 0;
+        }
+        if room == 0 && rests {
+            return Ok(());
+        }
         let on = (stream, self.captures_now(stream)?);
-        let mut room = match strays.iter().map(|run| run.end - run.start).sum() {
-            0 => 0,
-            pages => self.room_for(wanted, pages)?,
-        };
         // Into host memory, discarding is no cheaper than moving; where there is one memory, nothing is carried.
         let discard = wanted == Place::Device && self.info.discard && !self.info.integrated;
         for run in strays {
@@ -515,6 +644,7 @@ impl DeviceState {
         self.count_moved(id, whole, place);
         self.blocks[block].has_marks |= self.is_marked(block);
         self.places.prefetches += 1;
+        self.note_pressure(0);
         Ok(())
     }
 
@@ -610,6 +740,7 @@ impl DeviceState {
         }
         self.blocks[block].has_marks = self.is_marked(block);
         self.places.discards += 1;
+        self.note_pressure(0);
         Ok(())
     }
 }

@@ -6,6 +6,7 @@ mod hints;
 mod limits;
 mod model;
 mod private_pools;
+mod room;
 mod shrinking;
 mod streams;
 mod threads;
