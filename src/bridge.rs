@@ -7,6 +7,7 @@
 mod convert;
 mod failure;
 mod hooks;
+mod log;
 mod settings;
 
 use crate::allocator::{Allocator, CustomAllocator};
@@ -420,6 +421,7 @@ fn init(device_count: i32, native: &ffi::NativeSettings) -> bool {
         let mut settings = SETTINGS.lock();
         if ALLOCATOR.get().is_none() {
             let options = settings.options()?.clone();
+            log::start()?;
             let driver = CudaDriver::load()?;
             let allocator = Allocator::new(Arc::new(driver), Arc::new(PyTorch), options);
             allocator.set_native_options(convert::native_options(native));

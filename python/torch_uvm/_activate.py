@@ -84,7 +84,8 @@ def _name_in_torch(library: Library) -> None:
     """Puts the names that programs look for where they look: the hints into `torch.cuda`, and figures into its statistics."""
     import torch
 
-    if hasattr(torch.cuda, "prefetch_to_device"):
+    theirs = getattr(torch._C, "_cuda_memoryStats", None)
+    if theirs is None or hasattr(torch.cuda, "prefetch_to_device"):
         return
 
     def memory_advise(tensor: Any, advice: str, device: Any = None) -> None:
@@ -100,8 +101,6 @@ def _name_in_torch(library: Library) -> None:
     for function, meant in ((memory_advise, "advise"), (prefetch_to_device, "prefetch")):
         function.__doc__ = f"See `torch_uvm.{meant}`."
         setattr(torch.cuda, function.__name__, function)
-
-    theirs = torch._C._cuda_memoryStats
 
     def memory_stats(device: int) -> dict[str, Any]:
         found: dict[str, Any] = theirs(device)

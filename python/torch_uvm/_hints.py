@@ -28,7 +28,7 @@ Advice = Literal[
     "unset_read_mostly",
 ]
 #: A place for memory: `cpu`, or a CUDA device.
-Place = Union[torch.device, int, str]
+Place = Union["torch.device", int, str]
 
 _HOST = -1
 _LOCATED = ("set_preferred_location", "set_accessed_by", "unset_accessed_by")
