@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import simulated
 import torch
 from contents import MIB, check, filled, same
-from on_device import on_device
+from on_device import about_uvm, on_device
 
 LIMITED = "use_uvm:True,uvm_device_limit_mb:128"
 
@@ -204,3 +205,56 @@ def test_segments_and_samples_by_place() -> None:
     assert segments[small.data_ptr()].small
     torch.cuda.memory._record_memory_history(None)
     same(library.place_samples(0), [])
+
+
+@on_device("use_uvm:True,uvm_device_limit_mb:256,uvm_stage1_threshold:0", uvm_only=True, timeout=120)
+def test_what_comes_and_goes_ends_on_the_device() -> None:
+    """Weights and activations stay there, optimizer state moves to the host, and then nothing moves."""
+    import torch_uvm
+
+    weights = [filled(seed, 16 * MIB) for seed in range(4)]
+    state: list[torch.Tensor] = []
+    moved = []
+    for step in range(8):
+        activations = []
+        for _ in range(10):
+            temporary = torch.empty(12 * MIB, dtype=torch.uint8, device="cuda")
+            activations.append(torch.empty_like(temporary))
+            del temporary
+        while activations:
+            gradient = torch.empty_like(activations[-1])
+            activations.pop()
+            del gradient
+        if step == 0:
+            state = [filled(seed, 12 * MIB) for seed in range(10, 18)]
+        stats = torch_uvm.statistics()
+        moved.append((stats.moved_to_host, stats.moved_to_device))
+    assert stats.moves_out > 0 and stats.regrets == 0, stats
+    assert stats.populated_device_peak <= 256 * MIB, stats
+    same(moved[4:], [moved[4]] * 4)
+    same(torch.cuda.memory_stats()["uvm_hard_reclamations"], stats.hard_reclamations)
+    for seed, tensor in enumerate(weights):
+        check(tensor, seed)
+    for seed, tensor in enumerate(state, 10):
+        check(tensor, seed)
+
+
+OVERFLOWING = """
+import torch
+held = [torch.zeros(100 << 20, dtype=torch.uint8, device="cuda") for _ in range(2)]
+torch.cuda.synchronize()
+"""
+
+
+@about_uvm
+def test_events_are_written_where_they_are_asked_for() -> None:
+    """To stderr, at the level and of the modules that TORCH_UVM_LOG names; a bad value is an error that says so."""
+    told = {
+        wanted: simulated.run_python(OVERFLOWING, simulated.environment(LIMITED, require=True, TORCH_UVM_LOG=wanted))
+        for wanted in ("", "debug", "warn", "off,torch_uvm::device=debug", "torch_uvm::driver=debug", "loud")
+    }
+    for wanted in ("debug", "off,torch_uvm::device=debug"):
+        assert told[wanted].status == 0 and "stage changed" in told[wanted].err, told[wanted].text
+    for wanted in ("", "warn", "torch_uvm::driver=debug"):
+        assert told[wanted].status == 0 and "stage changed" not in told[wanted].err, told[wanted].text
+    assert told["loud"].status != 0 and "TORCH_UVM_LOG: 'loud' is not allowed" in told["loud"].err, told["loud"].text
