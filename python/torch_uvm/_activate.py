@@ -26,6 +26,10 @@ def autoload() -> None:
     Raises:
         RuntimeError: as `activate`. `import torch` then fails, with this error as the cause.
     """
+    if "TORCH_UVM_SIM_REPORT" in os.environ:  # a program under `python -m torch_uvm simulate`
+        from . import _dry_run
+
+        _dry_run.watch()
     for variable in VARIABLES:
         if has_our_keys(os.environ.get(variable, "")):
             activate()
