@@ -115,7 +115,7 @@ class _Plots:
 
     def calls(self) -> str:
         """The script that draws the figures."""
-        config = json.dumps({"responsive": True, "displaylogo": False})
+        config = json.dumps({"responsive": True, "displayModeBar": False})
         lines = []
         for number, figure in enumerate(self._figures):
             # Valid JSON all the same, and no text in it can end the script.
@@ -189,6 +189,8 @@ def _timeline(device: Device, plot: _Plots) -> str:
     whole = device.timeline
     timeline = _snapshot.thin(whole, MOST_POINTS)
     unit, name = _unit(max((max(values, default=0) for values in timeline.series.values()), default=0))
+    factor, moments = (1, "seconds") if timeline.seconds[-1] >= 1 else (1000, "milliseconds")
+    timeline = Timeline([factor * second for second in timeline.seconds], timeline.series)
     traces = []
     for place in PLACES:
         values = timeline.series.get(place, [])
@@ -205,7 +207,7 @@ def _timeline(device: Device, plot: _Plots) -> str:
     if 0 < limit <= 1.3 * highest:
         shapes = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit, "line": {"dash": "dot", "color": "#c53030"}}]
     layout = {
-        "xaxis": {"title": {"text": "seconds since the first record"}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": f"{moments} since the first record"}, "rangemode": "tozero"},
         "yaxis": {"title": {"text": name}, "rangemode": "tozero"},
         "hovermode": "x unified",
         "shapes": shapes,

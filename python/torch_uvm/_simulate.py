@@ -199,10 +199,10 @@ def judge(status: int, processes: list[dict[str, Any]]) -> tuple[bool | None, st
     refused = sum(one["counters"]["out_of_memory"] for one in processes)
     known = [one["allocator"] for one in processes if one["allocator"]]
     errors = sum(device["out_of_memory_errors"] for one in known for device in one["devices"])
-    said = f"{errors} OutOfMemoryError(s)"
+    said = _count(errors, "OutOfMemoryError")
     if len(known) < len(processes):
-        silent = len(processes) - len(known)
-        said += f" that is known of ({silent} process(es) did not say; CUDA refused {refused} allocation(s) in all)"
+        silent = _count(len(processes) - len(known), "process")
+        said += f" that is known of ({silent} did not say; CUDA refused {_count(refused, 'allocation')} in all)"
     ended = f"the program ended with status {status}, with {said}"
     if killed:
         return False, f"it does not fit: {size(killed)} more host memory than there is was needed; {ended}"
@@ -251,7 +251,7 @@ def _process(report: dict[str, Any]) -> list[str]:
         lines.append(f"  PyTorch {allocator['torch']}, allocator {allocator['backend']}")
         for device, figures in enumerate(allocator["devices"]):
             said = [f"{name} {size(figures[key])}" for name, key in ours]
-            said.append(f"{figures['out_of_memory_errors']} OutOfMemoryError(s), {figures['retries']} retries")
+            said.append(f"{_count(figures['out_of_memory_errors'], 'OutOfMemoryError')}, retries: {figures['retries']}")
             lines.append(f"  GPU {device}: {', '.join(said)}")
     else:
         lines.append("  which allocator it had is not known: it did not say at its end")
@@ -291,7 +291,7 @@ def _totals(totals: dict[str, Any], processes: int) -> list[str]:
         if counters[key]:
             lines.append(f"  {size(counters[key])} {what}")
     if counters["out_of_memory"]:
-        lines.append(f"  CUDA refused {counters['out_of_memory']} allocation(s) for want of memory")
+        lines.append(f"  CUDA refused {_count(counters['out_of_memory'], 'allocation')} for want of memory")
     return lines
 
 
@@ -302,6 +302,12 @@ def _peak(peak: dict[str, int]) -> list[str]:
 def _moved(moved: dict[str, int]) -> list[str]:
     sizes = [size(moved[key]) for key in ("bytes_h2d", "bytes_d2h", "bytes_d2d")]
     return [str(moved["count"]), *sizes, _time(moved["nanoseconds"])]
+
+
+def _count(count: int, thing: str) -> str:
+    """A number of things: 1 process, 2 processes."""
+    plural = "" if count == 1 else "es" if thing.endswith("s") else "s"
+    return f"{count} {thing}{plural}"
 
 
 def _time(nanoseconds: int) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import re
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ VERSION = 1
 PLACES = ("device", "host", "unplaced")
 #: What memory of a segment may be: in use, freed by the program and waiting for streams, cached.
 STATES = ("allocated", "waiting", "free")
+#: What the functions that only take the stack down are called.
+UNWINDING = ("torch::unwind", "torch::CapturedTraceback", "torch::cuda::", "torch_uvm_", "c10::")
 STATE_OF = {"active_allocated": "allocated", "active_awaiting_free": "waiting", "active_pending_free": "waiting"}
 
 
@@ -273,14 +276,19 @@ def _own(owners: dict[str, Owner], block: dict[str, Any], size: int, place: str)
 
 
 def owner_name(frames: list[dict[str, Any]]) -> str:
-    """The innermost frame of a stack that is the program's own: Python, and not PyTorch's. Else the innermost of Python, else
-    of all."""
+    """The innermost frame of a stack that is the program's own: Python, and not PyTorch's; else the innermost of Python.
+
+    Threads of the backward pass have none: then the operation.
+    """
     python = [frame for frame in frames if str(frame.get("filename", "")).endswith(".py")]
     own = [frame for frame in python if not _is_pytorch(str(frame.get("filename", "")))]
-    for chosen in (own, python, frames):
-        if chosen:
-            return _frame(chosen[0])
-    return "no stack recorded"
+    if own or python:
+        return _frame((own or python)[0])
+    names = [str(frame.get("name", "")) for frame in frames]
+    for pattern, remark in ((r"torch::autograd::generated::(\w+)::apply", "backward pass"), (r"at::_ops::(\w+)::", "C++")):
+        for operation in filter(None, (re.match(pattern, name) for name in names)):
+            return f"{operation[1]} ({remark}, no Python frame)"
+    return next((name for name in names if name and not name.startswith(UNWINDING)), "no stack recorded")
 
 
 def _is_pytorch(filename: str) -> bool:
