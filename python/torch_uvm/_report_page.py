@@ -22,10 +22,16 @@ if TYPE_CHECKING:
     from ._snapshot import FileName
 
 #: How places and states are called and coloured.
-PLACE_NAMES = {"device": "GPU", "host": "host", "unplaced": "unplaced"}
-PLACE_COLOURS = {"device": "#2b6cb0", "host": "#dd8a1f", "unplaced": "#7c6aa6", "": "#4a5568"}
-STATE_NAMES = {"allocated": "allocated", "waiting": "freed, waits for streams", "free": "free (cached)", "hole": "given back"}
-STATE_COLOURS = {"allocated": "#2f855a", "waiting": "#c53030", "free": "#c6d3de", "hole": "#ffffff"}
+PLACE_NAMES = {"device": "GPU", "host": "host", "unplaced": "unplaced", "mixed": "in mixed segments"}
+PLACE_COLOURS = {"device": "#2b6cb0", "host": "#dd8a1f", "unplaced": "#7c6aa6", "mixed": "#b794a6", "": "#4a5568"}
+STATE_NAMES = {
+    "allocated": "allocated",
+    "waiting": "freed, waits for streams",
+    "free": "free (cached)",
+    "mixed": "of segments in several places",
+    "hole": "given back",
+}
+STATE_COLOURS = {"allocated": "#2f855a", "waiting": "#c53030", "free": "#c6d3de", "mixed": "#b794a6", "hole": "#ffffff"}
 #: Points of a timeline, segments of a map, parts in them, owners in a chart and in the table: no more than can be seen.
 MOST_POINTS, MOST_SEGMENTS, MOST_PIECES, MOST_BARS, MOST_OWNERS = 4000, 40, 6000, 15, 100
 #: The page's own scripts and styles, and nothing else from anywhere.
@@ -106,10 +112,13 @@ class _Plots:
             height=height,
             margin={"l": 70, "r": 20, "t": 10, "b": 44},
             font={"family": 'system-ui, "Segoe UI", sans-serif', "size": 13, "color": "#1a202c"},
-            legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
             hoverlabel={"align": "left", "font": {"size": 12}},
             **layout,
         )
+        figure.update_yaxes(ticks="outside", ticklen=6, tickcolor="rgba(0,0,0,0)")  # room between labels and bars
+        figure.update_xaxes(title_font_size=13)
+        figure.update_yaxes(title_font_size=13)
         self._figures.append(figure)
         return f'<div id="plot{len(self._figures) - 1}" style="height:{height}px"></div>'
 
@@ -158,7 +167,7 @@ def _cards(device: Device) -> str:
     info, places = _part(device, "memory_info"), _part(device, "place_stats")
     if info:
         cards += [("capacity", _size(info.get("capacity"))), ("device limit", _size(info.get("device_limit")))]
-    samples = device.timeline.series if device.timeline else {}
+    samples = device.places.series if device.places else {}
     for place in PLACES:
         recorded = samples.get(place, [])
         peak = places.get(f"populated_{place}_peak", max(recorded, default=None))
@@ -183,29 +192,32 @@ def _cards(device: Device) -> str:
 def _timeline(device: Device, plot: _Plots) -> str:
     """Memory over time."""
     title = "Memory over time"
-    if device.timeline is None:
+    whole = [timeline for timeline in (device.places, device.history) if timeline is not None]
+    if not whole:
         note = "Nothing was recorded: call torch.cuda.memory._record_memory_history() at the start of the program."
         return _section(title, note, "")
-    whole = device.timeline
-    timeline = _snapshot.thin(whole, MOST_POINTS)
-    unit, name = _unit(max((max(values, default=0) for values in timeline.series.values()), default=0))
-    factor, moments = (1, "seconds") if timeline.seconds[-1] >= 1 else (1000, "milliseconds")
-    timeline = Timeline([factor * second for second in timeline.seconds], timeline.series)
+    highest = max(max(values, default=0) for timeline in whole for values in timeline.series.values())
+    unit, name = _unit(highest)
+    factor, moments = (1, "seconds") if whole[0].seconds[-1] >= 1 else (1000, "milliseconds")
+    drawn = []
+    for timeline in whole:
+        thin = _snapshot.thin(timeline, MOST_POINTS)
+        drawn.append(Timeline([factor * second for second in thin.seconds], thin.series))
+    # PyTorch's history knows of each allocation, our samples only of changes in what is populated.
+    areas, lines = drawn[0], drawn[-1]
     traces = []
-    for place in PLACES:
-        values = timeline.series.get(place, [])
+    for key in (*PLACES, "reserved"):
+        values = areas.series.get(key, [])
         if any(values):
-            traces.append(_area(plot, timeline, values, unit, name, PLACE_NAMES[place], PLACE_COLOURS[place]))
-    if "reserved" in timeline.series:
-        traces.append(_area(plot, timeline, timeline.series["reserved"], unit, name, "reserved", "#90a4b8"))
-    line = {"color": "#1a202c", "width": 1.6, "shape": "hv"}
-    traces.append(_curve(plot, timeline, timeline.series["allocated"], unit, name, "allocated", line=line))
-    info = _part(device, "memory_info")
+            traces.append(_area(plot, areas, values, unit, name, PLACE_NAMES.get(key, key), PLACE_COLOURS.get(key, "#90a4b8")))
+    line = {"color": "#1a202c", "width": 1.4, "shape": "hv"}
+    traces.append(_curve(plot, lines, lines.series["allocated"], unit, name, "allocated", line=line))
     shapes = []
-    limit = _snapshot._number(info.get("device_limit")) / unit
-    highest = max((max(values, default=0) for values in timeline.series.values()), default=0) / unit
-    if 0 < limit <= 1.3 * highest:
-        shapes = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit, "line": {"dash": "dot", "color": "#c53030"}}]
+    limit = _snapshot._number(_part(device, "memory_info").get("device_limit"))
+    if device.places is not None and 0 < limit <= 1.3 * highest:
+        height = limit / unit
+        dots = {"dash": "dot", "color": "#c53030"}
+        shapes = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": height, "y1": height, "line": dots}]
     layout = {
         "xaxis": {"title": {"text": f"{moments} since the first record"}, "rangemode": "tozero"},
         "yaxis": {"title": {"text": name}, "rangemode": "tozero"},
@@ -213,12 +225,13 @@ def _timeline(device: Device, plot: _Plots) -> str:
         "shapes": shapes,
     }
     note = "Populated memory by place, stacked, and what of it is in live allocations."
-    if "reserved" in timeline.series:
+    if device.places is None:
         note = "From PyTorch's history: what is reserved, and what of it is in live allocations."
     if shapes:
         note += " The dotted line is the soft limit on memory on the GPU."
-    if len(timeline.seconds) < len(whole.seconds):
-        note += f" {len(whole.seconds)} records are drawn as {len(timeline.seconds)} points, each the highest of its stretch."
+    records, points = (sum(len(timeline.seconds) for timeline in some) for some in (whole, drawn))
+    if points < records:
+        note += f" {records} records are drawn as {points} points, each the highest of its stretch."
     return _section(title, note, plot.add(traces, layout, 360))
 
 
@@ -237,7 +250,13 @@ def _by_place(device: Device, plot: _Plots) -> str:
     """What is populated at each place, and what it is used for."""
     sums: dict[str, dict[str, int]] = {}
     for segment in device.segments:
-        total = sums.setdefault(segment.place, {state: 0 for state in (*_snapshot.STATES, "hole")})
+        if segment.where == "mixed":
+            # Which of its blocks lie where is not in the snapshot.
+            for place, count in segment.populated.items():
+                sums.setdefault(place, dict.fromkeys(STATE_NAMES, 0))["mixed"] += count
+            sums[segment.place]["hole"] += segment.holes
+            continue
+        total = sums.setdefault(segment.where, dict.fromkeys(STATE_NAMES, 0))
         for state in _snapshot.STATES:
             total[state] += segment.total(state)
         total["hole"] += segment.holes
@@ -253,7 +272,7 @@ def _by_place(device: Device, plot: _Plots) -> str:
             customdata=[size(sums[place][state]) for place in places],
             hovertemplate="%{y}: %{customdata} " + STATE_NAMES[state] + "<extra></extra>",
         )
-        for state in (*_snapshot.STATES, "hole")
+        for state in STATE_NAMES
         if any(total[state] for total in sums.values())
     ]
     layout = {"barmode": "stack", "xaxis": {"title": {"text": name}}, "bargap": 0.35}
@@ -361,7 +380,7 @@ def _owners(device: Device, plot: _Plots) -> str:
         return _section(title, "No memory is in use.", "")
     shown = [owner for owner in device.owners if owner.size][:MOST_BARS][::-1]
     unit, name = _unit(max(owner.size for owner in shown))
-    places = [place for place in (*PLACES, "") if any(_at(owner, place) for owner in shown)]
+    places = [place for place in (*PLACES, "mixed", "") if any(_at(owner, place) for owner in shown)]
     traces = [
         plot.objects.Bar(
             orientation="h",
@@ -432,7 +451,8 @@ def _part(device: Device, key: str) -> dict[str, Any]:
 
 
 def _place(segment: Segment) -> str:
-    return PLACE_NAMES.get(segment.place, segment.place or "place not known")
+    where = segment.where
+    return "GPU and host" if where == "mixed" else PLACE_NAMES.get(where, where or "not known")
 
 
 def _marker(state: str) -> dict[str, Any]:

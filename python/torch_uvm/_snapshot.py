@@ -138,13 +138,19 @@ class Segment:
     pool: str
     growing: bool
     pieces: list[Piece] = field(default_factory=list)
-    #: Where our allocator says it is; empty where the snapshot does not tell.
+    #: Where our allocator means it to be; empty where the snapshot does not tell.
     place: str = ""
     memory: str = ""
     #: Populated bytes by place.
     populated: dict[str, int] = field(default_factory=dict)
     #: Bytes between live blocks that have been given back.
     holes: int = 0
+
+    @property
+    def where(self) -> str:
+        """Where its pages are: a place, `mixed`, or empty where the snapshot does not tell."""
+        places = [place for place, count in self.populated.items() if count]
+        return "mixed" if len(places) > 1 else places[0] if places else self.place
 
     def total(self, state: str) -> int:
         """The bytes in a state."""
@@ -168,7 +174,7 @@ class Owner:
 class Timeline:
     """Bytes over time, all lists of the same length."""
 
-    #: Seconds since the first one.
+    #: Seconds since the first record of the device.
     seconds: list[float]
     series: dict[str, list[int]]
 
@@ -180,7 +186,10 @@ class Device:
     index: int
     segments: list[Segment]
     owners: list[Owner]
-    timeline: Timeline | None
+    #: What was populated where, at each change of that; None where the snapshot does not tell.
+    places: Timeline | None
+    #: What was reserved and allocated, from PyTorch's history; None where nothing was recorded.
+    history: Timeline | None
     #: Our part of the snapshot; None where there is none.
     ours: dict[str, Any] | None
 
@@ -207,8 +216,9 @@ def devices(snapshot: dict[str, Any]) -> list[Device]:
     for index in sorted({*theirs, *ours, *used}):
         segments, owners = _segments(theirs.get(index, []), ours.get(index))
         trace = traces[index] if 0 <= index < len(traces) else []
-        timeline = _samples(ours.get(index)) or _history(trace, theirs.get(index, []))
-        found.append(Device(index, segments, owners, timeline, ours.get(index)))
+        places, history = _samples(ours.get(index)), _history(trace, theirs.get(index, []))
+        _from_the_first([timeline for timeline in (places, history) if timeline])
+        found.append(Device(index, segments, owners, places, history, ours.get(index)))
     return found
 
 
@@ -237,7 +247,7 @@ def _segments(theirs: list[dict[str, Any]], ours: dict[str, Any] | None) -> tupl
             start = _number(block.get("address", address)) - segment.address
             segment.pieces.append(Piece(start, size, state))
             if state != "free":
-                _own(owners, block, size, segment.place)
+                _own(owners, block, size, segment.where)
     for segment in ranges:
         segment.pieces.sort(key=lambda piece: piece.offset)
     found_segments = [*ranges, *others]
@@ -301,19 +311,18 @@ def _frame(frame: dict[str, Any]) -> str:
 
 
 def _samples(ours: dict[str, Any] | None) -> Timeline | None:
-    """The timeline by place; None where nothing was recorded."""
+    """The timeline by place, in seconds since 1970; None where nothing was recorded."""
     samples = _dicts((ours or {}).get("samples"))
     if not samples:
         return None
-    first = _number(samples[0].get("time_us"))
     return Timeline(
-        [(_number(one.get("time_us")) - first) / 1e6 for one in samples],
+        [_number(one.get("time_us")) / 1e6 for one in samples],
         {name: [_number(one.get(name)) for one in samples] for name in (*PLACES, "allocated")},
     )
 
 
 def _history(trace: list[dict[str, Any]], segments: list[dict[str, Any]]) -> Timeline | None:
-    """The timeline of a snapshot without places, from PyTorch's history: what is reserved and allocated.
+    """What is reserved and allocated, from PyTorch's history, in seconds since 1970; None where nothing was recorded.
 
     The history may have lost its beginning, so it is followed back from what the snapshot shows at its end.
     """
@@ -334,15 +343,26 @@ def _history(trace: list[dict[str, Any]], segments: list[dict[str, Any]]) -> Tim
     }
     for entry, name, sign in events:
         level[name] -= sign * _number(entry.get("size"))
-    first = _number(events[0][0].get("time_us"))
     seconds: list[float] = []
     series: dict[str, list[int]] = {"reserved": [], "allocated": []}
     for entry, name, sign in events:
         level[name] += sign * _number(entry.get("size"))
-        seconds.append((_number(entry.get("time_us")) - first) / 1e6)
+        seconds.append(_number(entry.get("time_us")) / 1e6)
         for key, values in series.items():
             values.append(max(level[key], 0))
     return Timeline(seconds, series)
+
+
+def _from_the_first(timelines: list[Timeline]) -> None:
+    """Has all begin to count at the first record of any, and go on to the last."""
+    first = min((timeline.seconds[0] for timeline in timelines), default=0)
+    last = max((timeline.seconds[-1] for timeline in timelines), default=0)
+    for timeline in timelines:
+        if timeline.seconds[-1] < last:
+            timeline.seconds.append(last)
+            for values in timeline.series.values():
+                values.append(values[-1])
+        timeline.seconds = [second - first for second in timeline.seconds]
 
 
 def thin(timeline: Timeline, most: int) -> Timeline:
