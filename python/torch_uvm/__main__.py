@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Callable, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 Value = TypeVar("Value")
 
@@ -72,13 +73,24 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     simulate.add_argument("--device", choices=_simulate.DEVICES, default="gh200", help="the kind of machine [gh200]")
     simulate.add_argument(
-        "--hbm", metavar="SIZE", type=_checked(_simulate.memory_size), help="each GPU's memory, as 96GiB [the machine's]"
+        "--hbm",
+        metavar="SIZE",
+        type=_checked(_simulate.memory_size),
+        help="each GPU's memory, as 96GiB [the machine's]",
     )
     simulate.add_argument(
-        "--host", metavar="SIZE", type=_checked(_simulate.memory_size), help="the CPU's memory, as 480GiB [the machine's]"
+        "--host",
+        metavar="SIZE",
+        type=_checked(_simulate.memory_size),
+        help="the CPU's memory, as 480GiB [the machine's]",
     )
     simulate.add_argument(
-        "--devices", metavar="N", type=int, choices=range(1, _simulate.MOST_DEVICES + 1), default=1, help="how many GPUs [1]"
+        "--devices",
+        metavar="N",
+        type=int,
+        choices=range(1, _simulate.MOST_DEVICES + 1),
+        default=1,
+        help="how many GPUs [1]",
     )
     simulate.add_argument(
         "--seed",

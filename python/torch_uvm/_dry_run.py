@@ -38,7 +38,7 @@ def _facts() -> dict[str, Any] | None:
     """The allocator's name and figures (bytes and counts, by device); None where CUDA was not used."""
     import torch
 
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return None
     devices = []
     for device in range(torch.cuda.device_count()):

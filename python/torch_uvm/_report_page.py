@@ -12,14 +12,11 @@ import os
 import sys
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import _snapshot, _version
 from ._library import size
 from ._snapshot import KEY, PLACES, Device, NotASnapshot, Owner, Segment, Timeline
-
-if TYPE_CHECKING:
-    from ._snapshot import FileName
 
 #: How places and states are called and coloured.
 PLACE_NAMES = {"device": "GPU", "host": "host", "unplaced": "unplaced", "mixed": "in mixed segments"}
@@ -43,12 +40,15 @@ h1 { font-size: 24px; margin: 0 0 2px } h2 { font-size: 20px; margin: 36px 0 10p
 .sub, .note { color: #5a6675; margin: 0 0 12px; overflow-wrap: anywhere } .note { font-size: 13.5px; margin: 0 0 6px }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; margin: 12px 0 }
 .card, section { background: #fff; border: 1px solid #dde4ec; border-radius: 8px }
-.card { padding: 10px 14px } .card b { display: block; font-size: 20px; white-space: nowrap } .card span { color: #5a6675; font-size: 13px }
+.card { padding: 10px 14px } .card b { display: block; font-size: 20px; white-space: nowrap }
+.card span { color: #5a6675; font-size: 13px }
 section { padding: 14px 18px; margin: 14px 0 }
 .warn { border-left: 4px solid #dd8a1f }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px }
-th { text-align: left; color: #5a6675; font-weight: 600; white-space: nowrap } td, th { padding: 4px 10px 4px 0; border-bottom: 1px solid #edf1f5; vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap } td.c { font-family: ui-monospace, Menlo, monospace; font-size: 12.5px; overflow-wrap: anywhere }
+th { text-align: left; color: #5a6675; font-weight: 600; white-space: nowrap }
+td, th { padding: 4px 10px 4px 0; border-bottom: 1px solid #edf1f5; vertical-align: top }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td.c { font-family: ui-monospace, Menlo, monospace; font-size: 12.5px; overflow-wrap: anywhere }
 .scroll { overflow-x: auto; max-height: 520px; overflow-y: auto }
 details > pre { font-size: 12px; background: #f5f7fa; padding: 8px; overflow-x: auto; margin: 4px 0 } summary { cursor: pointer }
 """
@@ -78,7 +78,10 @@ def page(snapshot: dict[str, Any], title: str) -> str:
     for device in found:
         parts += _device(device, plot)
     if isinstance(ours, dict) and isinstance(ours.get("config"), dict):
-        parts += ["<h2>Options</h2>", _section("", "", _table(["option", "value"], [list(one) for one in ours["config"].items()]))]
+        parts += [
+            "<h2>Options</h2>",
+            _section("", "", _table(["option", "value"], [list(one) for one in ours["config"].items()])),
+        ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -182,7 +185,10 @@ def _cards(device: Device) -> str:
         moved = [places.get(key) for key in ("moved_to_device", "moved_to_host")]
         hints = sum(_snapshot._number(places.get(key)) for key in ("prefetches", "advices", "discards"))
         cards += [("moved to the GPU", _size(moved[0])), ("moved to the host", _size(moved[1]))]
-        cards += [("hints", str(hints)), ("stage, changes", f"{places.get('stage', '?')}, {places.get('stage_changes', '?')}")]
+        cards += [
+            ("hints", str(hints)),
+            ("stage, changes", f"{places.get('stage', '?')}, {places.get('stage_changes', '?')}"),
+        ]
     if statistics:
         cards.append(("OutOfMemoryErrors", str(statistics.get("num_ooms", "?"))))
     shown = (f'<div class="card"><b>{_text(value)}</b><span>{_text(name)}</span></div>' for name, value in cards)
@@ -209,7 +215,9 @@ def _timeline(device: Device, plot: _Plots) -> str:
     for key in (*PLACES, "reserved"):
         values = areas.series.get(key, [])
         if any(values):
-            traces.append(_area(plot, areas, values, unit, name, PLACE_NAMES.get(key, key), PLACE_COLOURS.get(key, "#90a4b8")))
+            traces.append(
+                _area(plot, areas, values, unit, name, PLACE_NAMES.get(key, key), PLACE_COLOURS.get(key, "#90a4b8"))
+            )
     line = {"color": "#1a202c", "width": 1.4, "shape": "hv"}
     traces.append(_curve(plot, lines, lines.series["allocated"], unit, name, "allocated", line=line))
     shapes = []
@@ -311,7 +319,12 @@ def _segments(device: Device, plot: _Plots) -> str:
         "barmode": "overlay",
         "bargap": 0.25,
         "xaxis": {"title": {"text": f"offset in the segment, {name}"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": "segment"}, "type": "category", "categoryorder": "array", "categoryarray": labels[::-1]},
+        "yaxis": {
+            "title": {"text": "segment"},
+            "type": "category",
+            "categoryorder": "array",
+            "categoryarray": labels[::-1],
+        },
     }
     note = "Each bar is a segment, the largest first; white is address space that holds no memory."
     if len(shown) < len(device.segments):
@@ -319,7 +332,20 @@ def _segments(device: Device, plot: _Plots) -> str:
     if not whole:
         note += " There are too many blocks to draw each: the bars show sums."
     table = _table(
-        ["", "place", "memory", "pool", "stream", "on the GPU", "in the host", "allocated", "free", "blocks", "range", "address"],
+        [
+            "",
+            "place",
+            "memory",
+            "pool",
+            "stream",
+            "on the GPU",
+            "in the host",
+            "allocated",
+            "free",
+            "blocks",
+            "range",
+            "address",
+        ],
         [_segment_row(number, segment) for number, segment in enumerate(device.segments[:MOST_OWNERS])],
         numeric={0, 5, 6, 7, 8, 9, 10},
     )
@@ -430,7 +456,9 @@ def _at(owner: Owner, place: str) -> int:
 def _hover(owner: Owner) -> str:
     """An owner in a few lines, for plotly."""
     stack = [_short(line, 110) for line in owner.stack if ".py:" in line][:14]
-    return "<br>".join(escape(line) for line in (f"{size(owner.size)} in {owner.count} block(s)", _short(owner.name, 110), "", *stack))
+    return "<br>".join(
+        escape(line) for line in (f"{size(owner.size)} in {owner.count} block(s)", _short(owner.name, 110), "", *stack)
+    )
 
 
 def _statistics(device: Device) -> str:
@@ -489,7 +517,10 @@ def _section(title: str, note: str, body: str) -> str:
 
 def _table(heads: list[str], rows: list[list[Any]], numeric: set[int] = frozenset()) -> str:  # type: ignore[assignment]
     def line(cells: list[Any], tag: str) -> str:
-        shown = (f'<{tag}{" class=n" if column in numeric else ""}>{_text(cell)}</{tag}>' for column, cell in enumerate(cells))
+        shown = (
+            f"<{tag}{' class=n' if column in numeric else ''}>{_text(cell)}</{tag}>"
+            for column, cell in enumerate(cells)
+        )
         return f"<tr>{''.join(shown)}</tr>"
 
     return f"<table>{line(heads, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

@@ -256,7 +256,9 @@ def _process(report: dict[str, Any]) -> list[str]:
     else:
         lines.append("  which allocator it had is not known: it did not say at its end")
     if not report["complete"]:
-        lines.append("  it ended without its exit handlers (a signal, or _exit): what came after its last wait is missing")
+        lines.append(
+            "  it ended without its exit handlers (a signal, or _exit): what came after its last wait is missing"
+        )
     if report["pending_operations"] and report["complete"]:
         lines.append(f"  {report['pending_operations']} operations were still queued at its end, and are not counted")
     rows = [["peak memory", "managed", "plain, pinned", "at once", "of"]]
@@ -281,7 +283,9 @@ def _totals(totals: dict[str, Any], processes: int) -> list[str]:
         filled = populated[key]
         rows.append([name, size(filled["bytes_device"]), size(filled["bytes_host"]), _time(filled["nanoseconds"])])
     lines += ["", *_table(rows), ""]
-    lines.append(f"  faults: {counters['device_faults']} of GPUs (a group for each 2 MiB page), {counters['host_faults']} of the CPU")
+    lines.append(
+        f"  faults: {counters['device_faults']} of GPUs (a group for each 2 MiB page), {counters['host_faults']} of the CPU"
+    )
     lines.append(f"  discarded: {size(counters['discarded'])}")
     for key, what in (
         ("slow_discard_writes", "written to discarded pages without a prefetch, which is a thousand times slower"),
@@ -325,7 +329,10 @@ def _table(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths))]
+        cells = [
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ]
         lines.append("  " + "  ".join(cells).rstrip())
     return lines
 

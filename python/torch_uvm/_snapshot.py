@@ -50,9 +50,9 @@ def dump_snapshot(filename: FileName = "dump_snapshot.pickle") -> None:
     """
     import torch
 
-    snapshot = torch.cuda.memory._snapshot()  # type: ignore[no-untyped-call]
+    snapshot = torch.cuda.memory._snapshot()
     library = _library.running()
-    if library is not None and library.enabled() and torch.cuda.is_initialized():
+    if library is not None and library.enabled() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         snapshot[KEY] = _places(library)
     with open(filename, "wb") as file:
         pickle.dump(snapshot, file)
@@ -111,7 +111,9 @@ def load(path: FileName) -> dict[str, Any]:
             raise
         except Exception as error:  # pickle raises nearly anything for what is no pickle
             raise NotASnapshot(f"it is not a pickle that can be read: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), list) for key in ("segments", "device_traces")):
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(key), list) for key in ("segments", "device_traces")
+    ):
         raise NotASnapshot("it holds no 'segments' and 'device_traces': torch.cuda.memory._dump_snapshot writes them")
     return found
 
@@ -295,7 +297,10 @@ def owner_name(frames: list[dict[str, Any]]) -> str:
     if own or python:
         return _frame((own or python)[0])
     names = [str(frame.get("name", "")) for frame in frames]
-    for pattern, remark in ((r"torch::autograd::generated::(\w+)::apply", "backward pass"), (r"at::_ops::(\w+)::", "C++")):
+    for pattern, remark in (
+        (r"torch::autograd::generated::(\w+)::apply", "backward pass"),
+        (r"at::_ops::(\w+)::", "C++"),
+    ):
         for operation in filter(None, (re.match(pattern, name) for name in names)):
             return f"{operation[1]} ({remark}, no Python frame)"
     return next((name for name in names if name and not name.startswith(UNWINDING)), "no stack recorded")

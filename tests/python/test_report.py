@@ -88,9 +88,16 @@ def plain(**changes: Any) -> dict[str, Any]:
         frame("/home/me/model.py", 12, "build"),
         frame("/home/me/train.py", 3, "<module>"),
     ]
-    backward = [frame("??", 0, "torch::unwind::unwind()"), frame("", 0, "torch::autograd::generated::MmBackward0::apply(x)")]
+    backward = [
+        frame("??", 0, "torch::unwind::unwind()"),
+        frame("", 0, "torch::autograd::generated::MmBackward0::apply(x)"),
+    ]
     block = lambda address, size, state, frames: {  # noqa: E731
-        "address": address, "size": size, "requested_size": size, "state": state, "frames": frames
+        "address": address,
+        "size": size,
+        "requested_size": size,
+        "state": state,
+        "frames": frames,
     }
     common = {"device": 0, "stream": 0, "segment_pool_id": (0, 0), "is_expandable": False, "frames": []}
     segments = [
@@ -109,10 +116,23 @@ def plain(**changes: Any) -> dict[str, Any]:
             "allocated_size": 0, "active_size": 0, "requested_size": 0, "blocks": [block(4 * GIB, 2 * MIB, "inactive", [])],
         },
     ]  # fmt: skip
-    event = lambda action, size, time: {"action": action, "addr": GIB, "size": size, "stream": 0, "time_us": time, "frames": []}  # noqa: E731
+    event = lambda action, size, time: {
+        "action": action,
+        "addr": GIB,
+        "size": size,
+        "stream": 0,
+        "time_us": time,
+        "frames": [],
+    }  # noqa: E731
     trace = [event("segment_alloc", 20 * MIB, 10), event("alloc", 8 * MIB, 20), event("alloc", 6 * MIB, 30)]
     trace += [event("free_requested", 6 * MIB, 40), event("free_completed", 6 * MIB, 41), event("alloc", 4 * MIB, 50)]
-    return {"segments": segments, "device_traces": [trace], "allocator_settings": {}, "external_annotations": [], **changes}
+    return {
+        "segments": segments,
+        "device_traces": [trace],
+        "allocator_settings": {},
+        "external_annotations": [],
+        **changes,
+    }
 
 
 def with_places() -> dict[str, Any]:
@@ -122,7 +142,11 @@ def with_places() -> dict[str, Any]:
         "populated_device": 0, "populated_host": 20 * MIB, "populated_unplaced": 0, "small": False, "growing": True, "pool": (0, 0),
     }  # fmt: skip
     sample = lambda time, device, host, allocated: {  # noqa: E731
-        "time_us": time, "device": device, "host": host, "unplaced": 0, "allocated": allocated
+        "time_us": time,
+        "device": device,
+        "host": host,
+        "unplaced": 0,
+        "allocated": allocated,
     }
     return plain(
         torch_uvm={
@@ -283,7 +307,12 @@ def test_numbers_of_a_page(tmp_path: Path) -> None:
     assert device.places is not None and device.places.seconds == [0, 1]
     assert device.places.series["host"] == [0, 20 * MIB]
     assert device.history is not None and device.history.seconds[-1] == 1, "it goes on to the last record of both"
-    for words in ("/home/me/model.py:12 build", "/venv/site-packages/torch/nn/modules/linear.py:109 __init__", "use_uvm", "0x40000000"):
+    for words in (
+        "/home/me/model.py:12 build",
+        "/venv/site-packages/torch/nn/modules/linear.py:109 __init__",
+        "use_uvm",
+        "0x40000000",
+    ):
         assert words in page.text, words
 
 
@@ -309,7 +338,9 @@ def test_without_a_history(tmp_path: Path) -> None:
     assert "No memory of any GPU" in made(plain(segments=[], device_traces=[[], []]), tmp_path).text
 
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028\ud800'\"%{y}<a href='javascript:alert(3)'>"
+HOSTILE = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028\ud800'\"%{y}<a href='javascript:alert(3)'>"
+)
 
 
 def test_hostile_text(tmp_path: Path) -> None:
@@ -409,7 +440,9 @@ def test_without_plotly(tmp_path: Path) -> None:
     source = tmp_path / "snapshot.pickle"
     source.write_bytes(pickle.dumps(plain()))
     (tmp_path / "plotly.py").write_text("raise ImportError('there is no plotly')\n")
-    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""), str(Path(torch_uvm.__file__).parent.parent)))
+    path = os.pathsep.join(
+        (str(tmp_path), os.environ.get("PYTHONPATH", ""), str(Path(torch_uvm.__file__).parent.parent))
+    )
     ended = report(source, tmp_path / "page.html", PYTHONPATH=path)
     assert ended.status == 2 and "pip install 'torch-uvm[report]'" in ended.err, ended.text
 

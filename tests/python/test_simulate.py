@@ -127,7 +127,9 @@ def test_falling_back_to_faults_shows(tmp_path: Path) -> None:
     assert counters["device_faults"] >= 400 // 2, counters
     assert populated["prefetches"]["bytes_device"] == 0 and populated["faults"]["bytes_device"] >= 240 * MIB, populated
     assert populated["faults"]["nanoseconds"] >= 240 * MIB / 12.9, populated
-    assert counters["evictions"] > 0 and traffic["evictions"]["bytes_d2h"] == 2 * MIB * counters["evictions"], totals_of(found)
+    assert counters["evictions"] > 0 and traffic["evictions"]["bytes_d2h"] == 2 * MIB * counters["evictions"], (
+        totals_of(found)
+    )
 
 
 def totals_of(found: dict[str, Any]) -> str:
@@ -147,7 +149,9 @@ def test_a_program_that_does_not_fit(tmp_path: Path) -> None:
     assert allocator["backend"] == "uvm" and allocator["devices"][0]["out_of_memory_errors"] == 1, allocator
     assert allocator["devices"][0]["allocated_peak"] <= 1.2 * (2 << 30), allocator
 
-    code = f"import torch\ntry:\n    {code.splitlines()[1]}\nexcept torch.cuda.OutOfMemoryError:\n    print('handled')\n"
+    code = (
+        f"import torch\ntry:\n    {code.splitlines()[1]}\nexcept torch.cuda.OutOfMemoryError:\n    print('handled')\n"
+    )
     ended, found = simulate(code, tmp_path, *SMALL)
     assert ended.status == 0 and ended.out == "handled\n", ended.text
     assert found["fits"] is False and "which it handled itself" in found["verdict"], found["verdict"]
@@ -266,7 +270,8 @@ def test_libraries_in_a_folder_with_a_space(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    not (Path(_simulate.__file__).parent / "sim").is_dir(), reason="about the libraries that the plug-in's wheel carries"
+    not (Path(_simulate.__file__).parent / "sim").is_dir(),
+    reason="about the libraries that the plug-in's wheel carries",
 )
 def test_libraries_of_the_wheel(tmp_path: Path) -> None:
     """Without TORCH_UVM_SIM_LIB they are found beside the package."""
@@ -277,7 +282,9 @@ def test_libraries_of_the_wheel(tmp_path: Path) -> None:
 def test_other_runs_know_nothing_of_it() -> None:
     """Importing the package loads neither the command nor the libraries."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith((*CHOSEN, "LD_PRELOAD"))}
-    environment["PYTHONPATH"] = os.pathsep.join((environment.get("PYTHONPATH", ""), str(Path(torch_uvm.__file__).parent.parent)))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        (environment.get("PYTHONPATH", ""), str(Path(torch_uvm.__file__).parent.parent))
+    )
     code = (
         "import sys, torch, torch_uvm\n"
         "assert not {'torch_uvm._simulate', 'torch_uvm._dry_run'} & set(sys.modules), sys.modules\n"
