@@ -74,7 +74,7 @@ def simulate(
     file = folder / "findings.json"
     command = [sys.executable, "-c", code] if isinstance(code, str) else code
     done = subprocess.run(
-        [sys.executable, "-m", "torch_uvm", "simulate", *options, "--json", str(file), "--", *command],
+        [sys.executable, "-m", "torch_uvm", "simulate", "--json", str(file), *options, "--", *command],
         env=environment,
         cwd=folder,
         capture_output=True,
@@ -257,8 +257,9 @@ def test_what_cannot_be_simulated(tmp_path: Path) -> None:
     assert ended.status == 2 and str(tmp_path) in ended.err and "TORCH_UVM_SIM_LIB" in ended.err, ended.text
     ended, _ = simulate(["no-such-program"], tmp_path)
     assert ended.status == 2 and "no-such-program: cannot be started" in ended.err, ended.text
-    ended, _ = simulate("", tmp_path, "--json", str(tmp_path / "no" / "folder"))
-    assert "Traceback" not in ended.err, ended.text
+    ended, _ = simulate("open('ran', 'w')", tmp_path, "--json", str(tmp_path / "no" / "folder"))
+    assert ended.status == 2 and "no/folder: cannot be written: No such file" in ended.err, ended.text
+    assert not (tmp_path / "ran").exists() and "Traceback" not in ended.err, ended.text
 
 
 def test_libraries_in_a_folder_with_a_space(tmp_path: Path) -> None:
