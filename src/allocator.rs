@@ -1,16 +1,16 @@
 //! The allocator of a process: its devices, each behind one lock, and what it asks of PyTorch.
 
-pub use crate::device::{Allocation, BlockInfo, PoolState, Restored, SegmentInfo};
+pub use crate::device::{Allocation, BlockInfo, PoolState, Restored, SegmentInfo, SegmentPlace};
 pub use crate::segments::CustomAllocator;
 
 use crate::budget::MemoryInfo;
-use crate::device::{DeviceState, check_supported};
-use crate::driver::{DeviceIndex, DevicePtr, Driver, IpcHandle, Stream};
+use crate::device::{DeviceState, check_supported, no_allocation};
+use crate::driver::{Advice, DeviceIndex, DevicePtr, Driver, IpcHandle, Location, Stream};
 use crate::error::{Error, Result};
-use crate::history::{Context, Recording, TraceEntry};
+use crate::history::{Context, PlaceSample, Recording, TraceEntry};
 use crate::options::{AccessPattern, NativeOptions, Options};
 use crate::pools::MempoolId;
-use crate::stats::{DeviceStats, StatArray};
+use crate::stats::{DeviceStats, PlaceStats, StatArray};
 use crate::thread_cache;
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -266,6 +266,73 @@ impl Allocator {
     /// [`Error::NotSupported`] for managed memory, of which CUDA gives no handles; [`Error::InvalidPointer`]; the driver's.
     pub fn ipc_handle(&self, ptr: DevicePtr) -> Result<(IpcHandle, u64)> {
         self.with_owner(ptr, |state| state.ipc_handle(ptr))
+    }
+
+    /// Runs `f` on the device that a hint's address belongs to: one inside an allocation will do.
+    fn hint(&self, what: &str, ptr: DevicePtr, f: impl FnOnce(&mut DeviceState) -> Result<()>) -> Result<()> {
+        for state in self.devices() {
+            let mut state = settled(state);
+            if state.holds(ptr) {
+                return f(&mut state);
+            }
+        }
+        Err(no_allocation(what, ptr))
+    }
+
+    /// Moves the pages that a range inside one live allocation touches, in the order of a stream of its device. `to` is that
+    /// device or the host. Neighbours on the first and the last page move too, which is harmless; the books count the
+    /// whole pages inside the range. When the allocation is freed and its memory used again, the pages go back home, as
+    /// far as the device limit allows.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a range that is not inside one live allocation, another device, or more than the host
+    /// can take; [`Error::NotSupported`] for memory that is not managed and a stream that captures; the driver's. Nothing has
+    /// changed then.
+    pub fn prefetch(&self, ptr: DevicePtr, bytes: u64, to: Location, stream: Stream) -> Result<()> {
+        self.hint("prefetch", ptr, |state| state.prefetch(ptr, bytes, to, stream))
+    }
+
+    /// Gives the driver advice about the pages that a range inside one live allocation touches, neighbours included. When
+    /// the allocation is freed and its memory used again, the pages have the allocator's own advice again.
+    ///
+    /// # Errors
+    /// As [`Allocator::prefetch`], but for the stream.
+    pub fn advise(&self, ptr: DevicePtr, bytes: u64, advice: Advice) -> Result<()> {
+        self.hint("advise", ptr, |state| state.advise(ptr, bytes, advice))
+    }
+
+    /// Drops the contents of the whole pages inside a range inside one live allocation, in the order of a stream of its
+    /// device, and populates them again, so that writing to them is fast. What they hold then is indeterminate.
+    ///
+    /// # Errors
+    /// As [`Allocator::prefetch`]; [`Error::InvalidArgument`] also where no whole page lies inside the range,
+    /// [`Error::NotSupported`] also where the driver cannot discard. Where the driver fails half-way, contents may be lost.
+    pub fn discard(&self, ptr: DevicePtr, bytes: u64, stream: Stream) -> Result<()> {
+        self.hint("discard", ptr, |state| state.discard(ptr, bytes, stream))
+    }
+
+    /// What is populated where on a device, and what moved.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device.
+    pub fn place_stats(&self, device: DeviceIndex) -> Result<PlaceStats> {
+        Ok(settled(self.device(device)?).place_stats())
+    }
+
+    /// How what is populated where has changed while the memory history was recorded, oldest first.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device.
+    pub fn place_samples(&self, device: DeviceIndex) -> Result<Vec<PlaceSample>> {
+        Ok(settled(self.device(device)?).place_samples())
+    }
+
+    /// The segments of a device by address, and where their pages lie.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a bad device.
+    pub fn segment_places(&self, device: DeviceIndex) -> Result<Vec<SegmentPlace>> {
+        Ok(settled(self.device(device)?).segment_places())
     }
 
     /// Gives cached memory back to CUDA: everything that can be, or only that of one released pool. Waits for frees that wait

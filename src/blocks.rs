@@ -43,8 +43,9 @@ pub enum BlockState {
     Vacant,
 }
 
-/// A range of bytes inside one segment. Fits in one cache line: the hot path touches a few of them.
+/// A range of bytes inside one segment. One cache line: the hot path touches a few of them.
 #[derive(Clone, Copy, Debug)]
+#[repr(align(64))]
 pub struct Block {
     /// First byte.
     pub address: u64,
@@ -52,6 +53,8 @@ pub struct Block {
     pub bytes: u64,
     /// What the program asked for, before rounding; 0 while free.
     pub requested: u64,
+    /// How many bytes of the device the program had freed in all when it was handed out last.
+    pub born: u64,
     /// The neighbour below in the same segment.
     pub prev: BlockId,
     /// The neighbour above in the same segment.
@@ -72,6 +75,8 @@ pub struct Block {
     pub has_context: bool,
     /// Whether it counted as oversize (`max_split_size_mb`) when it was handed out: the setting may change.
     pub oversize: bool,
+    /// Whether something may be special about pages that it lies in ([`crate::pages::Marks`]). The marks are the truth.
+    pub has_marks: bool,
     /// The thread whose cache it is in: that knows whether it is the program's now.
     pub thread: ThreadId,
 }
@@ -112,6 +117,7 @@ impl Blocks {
             address,
             bytes,
             requested: 0,
+            born: 0,
             prev,
             next,
             bin_prev: BlockId::NONE,
@@ -123,6 +129,7 @@ impl Blocks {
             has_uses: false,
             has_context: false,
             oversize: false,
+            has_marks: false,
             thread: ThreadId::NONE,
         };
         let id = match self.unused.pop() {
@@ -148,9 +155,10 @@ impl Blocks {
     /// list, which must be told of its new size ([`FreeList::resized`]).
     #[inline]
     pub fn split_front(&mut self, id: BlockId, bytes: u64) -> BlockId {
-        let Block { address, segment, growing, list, prev, .. } = self[id];
+        let Block { address, segment, growing, list, prev, has_marks, .. } = self[id];
         debug_assert!(bytes > 0 && bytes < self[id].bytes);
         let front = self.create(address, bytes, (segment, growing), list, (prev, id));
+        self[front].has_marks = has_marks;
         let rest = &mut self[id];
         rest.address += bytes;
         rest.bytes -= bytes;
@@ -161,7 +169,7 @@ impl Blocks {
     /// size before: its free list must be told ([`FreeList::resized`]).
     #[inline]
     pub fn merge_up(&mut self, lower: BlockId, upper: BlockId) -> u64 {
-        let Block { address, bytes, prev, next, .. } = self[lower];
+        let Block { address, bytes, prev, next, has_marks, .. } = self[lower];
         debug_assert_eq!(next, upper);
         debug_assert_eq!(address + bytes, self[upper].address);
         let above = &mut self[upper];
@@ -169,6 +177,7 @@ impl Blocks {
         above.address = address;
         above.bytes += bytes;
         above.prev = prev;
+        above.has_marks |= has_marks;
         if prev.is_some() {
             self[prev].next = upper;
         }
@@ -180,13 +189,14 @@ impl Blocks {
     /// size before: its free list must be told ([`FreeList::resized`]).
     #[inline]
     pub fn merge_down(&mut self, upper: BlockId, lower: BlockId) -> u64 {
-        let Block { address, bytes, prev, next, .. } = self[upper];
+        let Block { address, bytes, prev, next, has_marks, .. } = self[upper];
         debug_assert_eq!(prev, lower);
         let below = &mut self[lower];
         debug_assert_eq!(below.address + below.bytes, address);
         let before = below.bytes;
         below.bytes += bytes;
         below.next = next;
+        below.has_marks |= has_marks;
         if next.is_some() {
             self[next].prev = lower;
         }
@@ -440,7 +450,7 @@ mod tests {
 
     #[test]
     fn a_block_is_a_cache_line() {
-        assert_eq!(size_of::<Block>(), 56);
+        assert_eq!((size_of::<Block>(), align_of::<Block>()), (64, 64));
     }
 
     #[derive(Debug, Clone)]

@@ -7,11 +7,12 @@
 mod convert;
 mod failure;
 mod hooks;
+mod log;
 mod settings;
 
 use crate::allocator::{Allocator, CustomAllocator};
 use crate::driver::cuda::CudaDriver;
-use crate::driver::{DeviceIndex, DevicePtr, Stream};
+use crate::driver::{Advice, DeviceIndex, DevicePtr, Location, Stream};
 use crate::error::{Error, Result};
 use crate::history;
 use crate::options::AccessPattern;
@@ -126,6 +127,57 @@ pub(crate) mod ffi {
         host_total: u64,
         host_available: u64,
         host_reserve: u64,
+    }
+
+    /// See `torch_uvm_place_stats_t`.
+    struct PlaceStats {
+        populated_device: u64,
+        populated_device_peak: u64,
+        populated_host: u64,
+        populated_host_peak: u64,
+        populated_unplaced: u64,
+        populated_unplaced_peak: u64,
+        moved_to_device: u64,
+        moved_to_host: u64,
+        discarded: u64,
+        prefetches: u64,
+        advices: u64,
+        discards: u64,
+        stage: u64,
+        stage_changes: u64,
+        light_reclamations: u64,
+        hard_reclamations: u64,
+        reclaimed: u64,
+        moves_out: u64,
+        moved_out: u64,
+        regrets: u64,
+    }
+
+    /// See `torch_uvm_segment_t`.
+    struct SegmentPlace {
+        base: u64,
+        range_bytes: u64,
+        filled: u64,
+        vacant: u64,
+        discarded_end: u64,
+        populated_device: u64,
+        populated_host: u64,
+        populated_unplaced: u64,
+        pool_first: u64,
+        pool_second: u64,
+        memory: i32,
+        place: i32,
+        small: bool,
+        growing: bool,
+    }
+
+    /// See `torch_uvm_place_sample_t`; the time is still approximate.
+    struct PlaceSample {
+        time: i64,
+        device: u64,
+        host: u64,
+        unplaced: u64,
+        allocated: u64,
     }
 
     struct BlockInfo {
@@ -276,7 +328,15 @@ pub(crate) mod ffi {
         fn set_memory_fraction(device: i32, fraction: f64) -> bool;
         fn memory_info(device: i32, out: &mut MemoryInfo) -> bool;
 
+        // Hints: a device's number, or a negative one for the host.
+        fn prefetch(ptr: u64, bytes: u64, to: i32, stream: u64) -> bool;
+        fn advise(ptr: u64, bytes: u64, advice: &[u8], location: i32) -> bool;
+        fn discard(ptr: u64, bytes: u64, stream: u64) -> bool;
+
         // Statistics and history.
+        fn place_stats(device: i32, out: &mut PlaceStats) -> bool;
+        fn segment_places(device: i32, out: &mut Vec<SegmentPlace>) -> bool;
+        fn place_samples(device: i32, out: &mut Vec<PlaceSample>) -> bool;
         fn device_stats(device: i32, out: &mut DeviceStats) -> bool;
         fn reset_accumulated_stats(device: i32) -> bool;
         fn reset_peak_stats(device: i32) -> bool;
@@ -361,6 +421,7 @@ fn init(device_count: i32, native: &ffi::NativeSettings) -> bool {
         let mut settings = SETTINGS.lock();
         if ALLOCATOR.get().is_none() {
             let options = settings.options()?.clone();
+            log::start()?;
             let driver = CudaDriver::load()?;
             let allocator = Allocator::new(Arc::new(driver), Arc::new(PyTorch), options);
             allocator.set_native_options(convert::native_options(native));
@@ -469,6 +530,41 @@ fn set_memory_fraction(device: DeviceIndex, fraction: f64) -> bool {
 
 fn memory_info(device: DeviceIndex, out: &mut ffi::MemoryInfo) -> bool {
     answer(out, |allocator| allocator.memory_info(device), |info| convert::memory_info(&info))
+}
+
+fn location(device: DeviceIndex) -> Location {
+    if device < 0 { Location::Host } else { Location::Device(device) }
+}
+
+fn prefetch(ptr: u64, bytes: u64, to: DeviceIndex, stream: u64) -> bool {
+    with(|allocator| allocator.prefetch(DevicePtr(ptr), bytes, location(to), Stream(stream))).is_some()
+}
+
+fn advise(ptr: u64, bytes: u64, advice: &[u8], device: DeviceIndex) -> bool {
+    with(|allocator| {
+        let name = text(advice);
+        let advice = Advice::named(&name, location(device)).ok_or_else(|| {
+            Error::InvalidArgument(format!("advice: '{name}' is not allowed: expected {}", Advice::EXPECTED))
+        })?;
+        allocator.advise(DevicePtr(ptr), bytes, advice)
+    })
+    .is_some()
+}
+
+fn discard(ptr: u64, bytes: u64, stream: u64) -> bool {
+    with(|allocator| allocator.discard(DevicePtr(ptr), bytes, Stream(stream))).is_some()
+}
+
+fn place_stats(device: DeviceIndex, out: &mut ffi::PlaceStats) -> bool {
+    answer(out, |allocator| allocator.place_stats(device), |stats| convert::place_stats(&stats))
+}
+
+fn segment_places(device: DeviceIndex, out: &mut Vec<ffi::SegmentPlace>) -> bool {
+    answer(out, |allocator| allocator.segment_places(device), |all| all.iter().map(convert::segment_place).collect())
+}
+
+fn place_samples(device: DeviceIndex, out: &mut Vec<ffi::PlaceSample>) -> bool {
+    answer(out, |allocator| allocator.place_samples(device), |all| all.iter().map(convert::place_sample).collect())
 }
 
 fn device_stats(device: DeviceIndex, out: &mut ffi::DeviceStats) -> bool {

@@ -190,6 +190,18 @@ impl Budget {
         ours.min(self.host_baseline.unwrap_or(u64::MAX)).saturating_sub(self.host_reserve(host))
     }
 
+    /// Whether `bytes` that are populated on the device may go to host memory.
+    ///
+    /// # Errors
+    /// The limit that is met: the host's memory less its reserve.
+    pub fn admit_to_host(&self, populated: &Populated, bytes: u64, host: &HostMemory) -> Result<(), Exceeded> {
+        // Where there is one physical memory, nothing is taken of it that was not taken before.
+        if !self.integrated && bytes > self.host_share(populated, host).saturating_sub(self.own_on_host(populated)) {
+            return Err(Exceeded { limit: Limit::HostMemory, capacity: self.capacity(populated, Some(host)).capacity });
+        }
+        Ok(())
+    }
+
     /// Whether `bytes` more, in `place`, may be populated. `host` is what [`crate::driver::Driver::host_memory`] says;
     /// it may be left out where [`Budget::needs_host`] is false.
     ///

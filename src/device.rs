@@ -5,10 +5,13 @@
 //! `grow.rs`; pools of graphs and MemPools in `private.rs`; what a snapshot shows in `snapshot.rs`.
 
 mod grow;
+mod places;
 mod private;
 mod snapshot;
 
 pub use grow::REQUEST_LIMIT;
+pub use places::SegmentPlace;
+pub(crate) use places::no_allocation;
 pub use private::{PoolState, Restored};
 pub use snapshot::{BlockInfo, SegmentInfo};
 
@@ -17,11 +20,12 @@ use crate::blocks::{Block, BlockId, BlockState, Blocks, ListId, MIN_BLOCK};
 use crate::budget::{Budget, Populated};
 use crate::driver::{DeviceIndex, DeviceInfo, DevicePtr, Driver, IpcHandle, Stream};
 use crate::error::{Error, Result};
-use crate::history::{Action, Context, History, Labels, Recording, TraceEntry, user_metadata};
+use crate::history::{Action, Context, History, Labels, PlaceHistory, Recording, TraceEntry, user_metadata};
 use crate::options::{AccessPattern, NativeOptions, Options};
 use crate::pools::{DEFAULT_POOL, List, MempoolId, PoolId, Pools};
+use crate::pressure::{Movers, Pressure};
 use crate::segments::{Memory, Segment, SegmentId, round_size};
-use crate::stats::{DeviceStats, StatArray};
+use crate::stats::{DeviceStats, PlaceStats, StatArray};
 use crate::streams::Waits;
 use crate::thread_cache::{self, Slot, ThreadCache, ThreadId};
 use rustc_hash::FxHashMap;
@@ -68,13 +72,15 @@ fn rounds_plainly(native: &NativeOptions) -> bool {
 }
 
 /// Counts what a thread's cache did with a block.
-fn merge_slot(slot: &Slot, blocks: &mut Blocks, pools: &Pools, stats: &mut DeviceStats) {
+fn merge_slot(slot: &Slot, blocks: &mut Blocks, pools: &Pools, stats: &mut DeviceStats, clock: &mut u64) {
     if slot.rounds == 0 {
         return;
     }
     let block = &mut blocks[slot.block];
     let small = pools[block.list].small;
     block.requested = slot.requested;
+    *clock += slot.rounds * slot.bytes;
+    block.born = *clock;
     for counts in [&mut stats.allocation, &mut stats.active] {
         counts.exchange(small, slot.rounds, slot.rounds);
     }
@@ -129,7 +135,16 @@ pub struct DeviceState {
     stats: DeviceStats,
     /// Reserved bytes of private pools; those of pools that are gone stay until statistics are reset.
     pool_reserved: FxHashMap<MempoolId, StatArray>,
+    places: PlaceStats,
+    pressure: Pressure,
+    movers: Movers,
+    /// Bytes freed by the program in all: the clock by which allocations age.
+    clock: u64,
+    /// Live allocations that were moved out to make room, by address, and the clock then.
+    moved: FxHashMap<u64, u64>,
     history: History,
+    /// What was populated where, while the history is recorded.
+    samples: PlaceHistory,
     /// The compiled functions that are running, innermost last.
     compile_contexts: Vec<Arc<str>>,
     /// Whether [`Hooks::trace`] wants entries.
@@ -178,7 +193,13 @@ impl DeviceState {
             captures: Vec::new(),
             stats: DeviceStats::default(),
             pool_reserved: FxHashMap::default(),
+            places: PlaceStats::default(),
+            pressure: Pressure::default(),
+            movers: Movers::default(),
+            clock: 0,
+            moved: FxHashMap::default(),
             history: History::default(),
+            samples: PlaceHistory::default(),
             compile_contexts: Vec::new(),
             tracked: false,
             tracing: false,
@@ -229,12 +250,14 @@ impl DeviceState {
     /// Starts the accumulated statistics anew.
     pub fn reset_accumulated_stats(&mut self) {
         self.stats.reset_accumulated();
+        self.places.reset_accumulated();
         self.reset_pool_stats(StatArray::reset_accumulated);
     }
 
     /// Starts the peaks anew.
     pub fn reset_peak_stats(&mut self) {
         self.stats.reset_peak();
+        self.places.reset_peak();
         self.reset_pool_stats(StatArray::reset_peak);
     }
 
@@ -270,7 +293,7 @@ impl DeviceState {
             found = self.best_fit(&request);
         }
         Ok(match found {
-            Some(block) => Ok(self.hand_out(block, &request, context.take())),
+            Some(block) => Ok(self.hand_out(block, &request, context.take())?),
             None => Err(request),
         })
     }
@@ -341,10 +364,16 @@ impl DeviceState {
     }
 
     /// Makes a free block the program's, less what is worth a block of its own.
+    ///
+    /// # Errors
+    /// The driver's, where pages must be moved or populated first; the block is free then as before.
     #[inline]
-    fn hand_out(&mut self, block: BlockId, request: &Request, context: Option<Context>) -> DevicePtr {
+    fn hand_out(&mut self, block: BlockId, request: &Request, context: Option<Context>) -> Result<DevicePtr> {
         let split = self.should_split(block, request);
-        self.hand_out_part(block, request, split, context)
+        if self.blocks[block].has_marks {
+            return self.hand_out_marked(block, request, split, context);
+        }
+        Ok(self.hand_out_part(block, request, split, context))
     }
 
     /// As [`DeviceState::hand_out`], but exactly the request's bytes, whatever the options say of splitting now.
@@ -391,6 +420,7 @@ impl DeviceState {
     #[inline]
     fn occupy(&mut self, block: BlockId, request: &Request, context: Option<Context>) -> DevicePtr {
         let taken = &mut self.blocks[block];
+        taken.born = self.clock;
         taken.state = BlockState::Allocated;
         taken.requested = request.bytes;
         let (address, bytes, list) = (taken.address, taken.bytes, taken.list);
@@ -443,6 +473,7 @@ impl DeviceState {
                 request.rounded
             )));
         };
+        self.populate_all_raw(self.blocks[block].segment, stream)?;
         let before = address - self.blocks[block].address;
         if before == 0 {
             return Ok(self.hand_out_exactly(block, &request, context));
@@ -520,11 +551,11 @@ impl DeviceState {
     /// Whether a freed block could serve this thread's next request without anybody noticing: nothing but its size and
     /// stream decides who gets it, and nobody wants to hear of it.
     fn may_park(&self, block: BlockId) -> bool {
-        let Block { bytes, list, has_uses, has_context, oversize, .. } = self.blocks[block];
+        let Block { bytes, list, has_uses, has_context, oversize, has_marks, .. } = self.blocks[block];
         self.plain_rounding
             && !self.tracing
             && self.captures.is_empty()
-            && !(has_uses || has_context || oversize)
+            && !(has_uses || has_context || oversize || has_marks)
             && bytes < self.native.max_split_size
             && self.pools[list].pool == PoolId::DEFAULT
     }
@@ -571,9 +602,14 @@ impl DeviceState {
     #[inline]
     pub fn settle(&mut self) {
         self.take_from_threads(false);
-        let Self { threads, blocks, pools, stats, .. } = self;
+        self.merge_threads();
+    }
+
+    /// Counts what the threads' caches did; the blocks stay there.
+    fn merge_threads(&mut self) {
+        let Self { threads, blocks, pools, stats, clock, .. } = self;
         for cache in threads.iter().flatten() {
-            cache.merge(|slot| merge_slot(slot, blocks, pools, stats));
+            cache.merge(|slot| merge_slot(slot, blocks, pools, stats, clock));
         }
     }
 
@@ -630,10 +666,18 @@ impl DeviceState {
         })
     }
 
+    /// Takes a block out of the cache it is in, if it is the program's. No block is freed by that.
+    fn take_live(&mut self, block: BlockId) -> bool {
+        let Block { address, thread, .. } = self.blocks[block];
+        let cache = self.threads.get(thread.index()).and_then(Option::as_ref);
+        let slot = cache.and_then(|cache| cache.take_live(address));
+        slot.inspect(|slot| self.leave_thread(slot)).is_some()
+    }
+
     /// A block has left its thread's cache: the books learn what happened to it there.
     fn leave_thread(&mut self, slot: &Slot) {
-        let Self { blocks, pools, stats, .. } = self;
-        merge_slot(slot, blocks, pools, stats);
+        let Self { blocks, pools, stats, clock, .. } = self;
+        merge_slot(slot, blocks, pools, stats, clock);
         blocks[slot.block].thread = ThreadId::NONE;
         if slot.parked {
             self.live.remove(&slot.address);
@@ -645,8 +689,12 @@ impl DeviceState {
     /// Counts an allocation out. Its block is not free yet.
     #[inline]
     fn end_allocation(&mut self, block: BlockId) {
-        let Self { blocks, pools, stats, .. } = self;
+        if self.blocks[block].has_marks {
+            self.moved_is_freed(block);
+        }
+        let Self { blocks, pools, stats, clock, .. } = self;
         let freed = &mut blocks[block];
+        *clock += freed.bytes;
         let small = pools[freed.list].small;
         stats.allocation.decrease(small, 1);
         stats.allocated_bytes.decrease(small, freed.bytes);
@@ -842,6 +890,9 @@ impl DeviceState {
     /// Starts or stops the history.
     pub fn set_history(&mut self, recording: Recording) {
         self.empty_threads();
+        if !recording.enabled || recording.clear {
+            self.samples.clear();
+        }
         self.history.configure(recording);
         self.tracing = self.history.enabled() || self.tracked;
     }

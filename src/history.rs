@@ -1,5 +1,6 @@
 //! What `_record_memory_history` asked to be remembered.
 
+use crate::budget::Populated;
 use crate::driver::{DeviceIndex, Stream};
 use crate::pools::MempoolId;
 use std::any::Any;
@@ -130,6 +131,44 @@ pub fn set_user_metadata(metadata: &str) {
 /// What this thread set last.
 pub fn user_metadata() -> Option<Arc<str>> {
     USER_METADATA.try_with(|kept| kept.borrow().clone()).ok().flatten()
+}
+
+/// What was populated where at one moment. Sizes in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PlaceSample {
+    /// `c10::getApproximateTime()`.
+    pub time: i64,
+    /// What was populated.
+    pub populated: Populated,
+    /// What was in live allocations.
+    pub allocated: u64,
+}
+
+/// How many samples are kept.
+const SAMPLES: usize = 1 << 16;
+
+/// The newest [`PlaceSample`]s.
+#[derive(Default)]
+pub struct PlaceHistory(VecDeque<PlaceSample>);
+
+impl PlaceHistory {
+    /// Adds one, forgetting the oldest beyond 65,536.
+    pub fn push(&mut self, sample: PlaceSample) {
+        if self.0.len() == SAMPLES {
+            self.0.pop_front();
+        }
+        self.0.push_back(sample);
+    }
+
+    /// Forgets them.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// All of them, oldest first.
+    pub fn entries(&self) -> Vec<PlaceSample> {
+        self.0.iter().copied().collect()
+    }
 }
 
 /// What [`History::configure`] is asked for.

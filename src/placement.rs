@@ -58,6 +58,17 @@ pub fn advice(place: Place, device: DeviceIndex, info: &DeviceInfo) -> Vec<Advic
     }
 }
 
+/// The advice that turns managed memory of the other place into memory of this one.
+pub fn change_of_advice(place: Place, device: DeviceIndex, info: &DeviceInfo) -> Vec<Advice> {
+    let mut change = advice(place, device, info);
+    match place {
+        Place::Device => change.push(Advice::UnsetAccessedBy(Location::Device(device))),
+        Place::Host if info.host_page_tables => change.push(Advice::UnsetAccessedBy(Location::Host)),
+        Place::Host | Place::Unplaced => {}
+    }
+    change
+}
+
 /// Where memory of a place is meant to be, if anywhere.
 pub fn home(place: Place, device: DeviceIndex, info: &DeviceInfo) -> Option<Location> {
     match place {

@@ -9,6 +9,7 @@ use crate::blocks::{BlockId, ListId, MIN_BLOCK};
 use crate::driver::DevicePtr;
 use crate::history::Context;
 use crate::options::NativeOptions;
+use crate::pages::{Marks, PAGE};
 
 /// Index of a segment on its device.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
@@ -63,6 +64,18 @@ pub enum Place {
     Unplaced,
 }
 
+impl Place {
+    /// Where pages lie that are not where their segment's place says.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Device => Self::Host,
+            Self::Host => Self::Device,
+            Self::Unplaced => Self::Unplaced,
+        }
+    }
+}
+
 /// A range of address space taken from CUDA.
 pub struct Segment {
     /// First byte.
@@ -90,6 +103,8 @@ pub struct Segment {
     pub last: BlockId,
     /// The list's reuse counter when the segment became wholly free (garbage collection's age).
     pub free_since: u64,
+    /// What is special about some of its pages. Never about holes.
+    pub marks: Marks,
     /// The stack that made it.
     pub context: Option<Context>,
 }
@@ -103,6 +118,22 @@ impl Segment {
     /// How many bytes are populated.
     pub fn populated(&self) -> u64 {
         self.filled - self.vacant
+    }
+
+    /// How many bytes are populated elsewhere than its place says.
+    pub fn away(&self) -> u64 {
+        self.marks.away.len() * PAGE
+    }
+
+    /// How many bytes are populated in `place`.
+    pub fn populated_in(&self, place: Place) -> u64 {
+        if place == self.place {
+            self.populated() - self.away()
+        } else if place == self.place.other() {
+            self.away()
+        } else {
+            0
+        }
     }
 
     /// How many bytes beyond the filled ones are discarded.

@@ -1,5 +1,7 @@
 //! The counters behind `torch.cuda.memory_stats()`. Names and meanings are `c10::CachingDeviceAllocator::DeviceStats`'s.
 
+use crate::budget::Populated;
+
 /// One statistic: a level, its peak, and what went in and out of it (counts or bytes).
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Stat {
@@ -189,6 +191,84 @@ impl DeviceStats {
         }
         self.oversize_allocations.reset_peak();
         self.oversize_segments.reset_peak();
+    }
+}
+
+/// A level in bytes, and the highest since peaks were reset.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Level {
+    /// Now.
+    pub current: u64,
+    /// The highest.
+    pub peak: u64,
+}
+
+impl Level {
+    fn set(&mut self, bytes: u64) {
+        self.current = bytes;
+        self.peak = self.peak.max(bytes);
+    }
+}
+
+/// What is populated where on one device, and what moved. The books know what this process was asked for; what the driver
+/// moves by itself at a page fault they do not see.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct PlaceStats {
+    /// Populated on the GPU.
+    pub device: Level,
+    /// Populated in host memory.
+    pub host: Level,
+    /// Populated wherever the driver moves it.
+    pub unplaced: Level,
+    /// Bytes of live and cached memory that hints and the allocator moved to the device.
+    pub moved_to_device: u64,
+    /// The same to the host.
+    pub moved_to_host: u64,
+    /// Bytes whose contents were dropped, by hints and by the allocator.
+    pub discarded: u64,
+    /// Count of hints: prefetches.
+    pub prefetches: u64,
+    /// Count of hints: advice.
+    pub advices: u64,
+    /// Count of hints: discards.
+    pub discards: u64,
+    /// How short of device memory it is: 0 not, 1 cached memory is given back, 2 the limit is met.
+    pub stage: u64,
+    /// How often that changed.
+    pub stage_changes: u64,
+    /// How often cached memory was given back because the device was nearly full.
+    pub light_reclamations: u64,
+    /// How often the device limit or the cap was met: live memory was moved out, or all caches were given back.
+    pub hard_reclamations: u64,
+    /// Bytes that either gave back or moved out.
+    pub reclaimed: u64,
+    /// How often a live allocation was moved to the host to make room, and its bytes.
+    pub moves_out: u64,
+    /// Bytes of live allocations that were moved out.
+    pub moved_out: u64,
+    /// How many of them were freed soon after.
+    pub regrets: u64,
+}
+
+impl PlaceStats {
+    /// What is populated has changed.
+    pub fn levels(&mut self, populated: &Populated) {
+        self.device.set(populated.device);
+        self.host.set(populated.host);
+        self.unplaced.set(populated.unplaced);
+    }
+
+    /// Starts what accumulates anew.
+    pub fn reset_accumulated(&mut self) {
+        let Self { device, host, unplaced, stage, .. } = *self;
+        *self = Self { device, host, unplaced, stage, ..Self::default() };
+    }
+
+    /// Starts the peaks anew.
+    pub fn reset_peak(&mut self) {
+        for level in [&mut self.device, &mut self.host, &mut self.unplaced] {
+            level.peak = level.current;
+        }
     }
 }
 

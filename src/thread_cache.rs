@@ -185,6 +185,16 @@ impl ThreadCache {
         Some(slot)
     }
 
+    /// Takes one block out, where it is there and the program's.
+    pub fn take_live(&self, address: u64) -> Option<Slot> {
+        let mut slots = self.slots.lock();
+        let place =
+            slots.held.iter().position(|slot| slot.is_some_and(|slot| slot.address == address && !slot.parked))?;
+        let slot = slots.held[place].take()?;
+        self.count(&self.held, -1);
+        Some(slot)
+    }
+
     /// Calls `merge` for every block that stays, and forgets what happened to it.
     pub fn merge(&self, mut merge: impl FnMut(&Slot)) {
         if self.held.load(Ordering::Relaxed) == 0 {

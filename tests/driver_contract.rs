@@ -52,6 +52,7 @@ macro_rules! contract {
                 freeing_waits_for_the_device
                 other_calls_do_not_wait
                 a_prefetch_is_ordered_on_its_stream
+                a_stream_waits_for_an_event
                 a_discard_is_ordered_on_its_stream
                 streams_are_independent
                 threads_keep_their_context

@@ -87,6 +87,12 @@ class UvmAllocator final : public AllocatorInterface {
   void attach_oom_rejection_observer(RejectionObserver observer) override;
   c10::DataPtr allocate_at(size_t bytes, void* address) override;
 
+ public:
+  // Turns the times of the allocator's history into nanoseconds since 1970.
+  auto time_converter() {
+    return clock_.makeConverter();
+  }
+
  private:
   UvmAllocator() = default;
 

@@ -5,8 +5,10 @@ The environment variable chooses the allocator, and nothing in a program changes
     export PYTORCH_CUDA_ALLOC_CONF='use_uvm:True,uvm_oversubscription_ratio:5.0,uvm_access_pattern:gpu_first'
 
 PyTorch loads this package by itself, at the end of `import torch`. What is here is for programs that want to know more
-(`is_enabled`, `config`, `memory_info`) or to put chosen tensors in a chosen place (`placement`, `MemPool`).
-`python -m torch_uvm doctor` says what a machine is and what will work on it.
+(`is_enabled`, `config`, `memory_info`, `statistics`, `dump_snapshot`), to put chosen tensors in a chosen place (`placement`,
+`MemPool`), or to say where they should be when (`prefetch`, `advise`, `discard`).
+`python -m torch_uvm doctor` says what a machine is and what will work on it, `report` makes a page of a memory snapshot, and
+`simulate` runs a program on a machine without a GPU and says where its memory was.
 
 Every process that imports PyTorch imports this module, with or without `use_uvm`: so it imports nothing before it is
 asked.
@@ -19,34 +21,48 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ._activate import activate
-    from ._library import MemoryInfo
+    from ._hints import advise, discard, prefetch
     from ._pools import MemPool, empty_cache, placement
-    from ._report import config, is_enabled, memory_info
+    from ._records import MemoryInfo, PlaceStats
+    from ._report import config, is_enabled, memory_info, statistics
+    from ._snapshot import dump_snapshot
 
     __version__: str
 
 __all__ = [
     "MemPool",
     "MemoryInfo",
+    "PlaceStats",
     "__version__",
     "activate",
+    "advise",
     "config",
+    "discard",
+    "dump_snapshot",
     "empty_cache",
     "is_enabled",
     "memory_info",
     "placement",
+    "prefetch",
+    "statistics",
 ]
 
 _HOMES = {
     "MemPool": "_pools",
-    "MemoryInfo": "_library",
+    "MemoryInfo": "_records",
+    "PlaceStats": "_records",
     "__version__": "_version",
     "activate": "_activate",
+    "advise": "_hints",
     "config": "_report",
+    "discard": "_hints",
+    "dump_snapshot": "_snapshot",
     "empty_cache": "_pools",
     "is_enabled": "_report",
     "memory_info": "_report",
     "placement": "_pools",
+    "prefetch": "_hints",
+    "statistics": "_report",
 }
 
 

@@ -12,7 +12,7 @@ TYPE_CHECKING = False  # see __init__.py
 if TYPE_CHECKING:
     from typing import Any, Callable
 
-    from ._library import Plugin
+    from ._library import Library, Plugin
 
 #: The variables that PyTorch reads allocator settings from.
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -26,6 +26,10 @@ def autoload() -> None:
     Raises:
         RuntimeError: as `activate`. `import torch` then fails, with this error as the cause.
     """
+    if "TORCH_UVM_SIM_REPORT" in os.environ:  # a program under `python -m torch_uvm simulate`
+        from . import _dry_run
+
+        _dry_run.watch()
     for variable in VARIABLES:
         if has_our_keys(os.environ.get(variable, "")):
             activate()
@@ -65,6 +69,8 @@ def activate() -> bool:
 
     library = _library.running()
     if library is not None:
+        if library.enabled():
+            _name_in_torch(library)
         return library.enabled()
     if not any(has_our_keys(os.environ.get(variable, "")) for variable in VARIABLES):
         return False
@@ -73,7 +79,85 @@ def activate() -> bool:
         for name in SETTERS:
             _take_over(torch._C, name, plugin)
         _library.keep_plugin(plugin)
+    if plugin.enabled():
+        _name_in_torch(plugin)
     return plugin.enabled()
+
+
+def _name_in_torch(library: Library) -> None:
+    """Puts the names that programs look for where they look: the hints into `torch.cuda`, and figures into its statistics."""
+    import torch
+
+    theirs = getattr(torch._C, "_cuda_memoryStats", None)
+    if theirs is None or hasattr(torch.cuda, "prefetch_to_device"):
+        return
+
+    def memory_advise(tensor: Any, advice: str, device: Any = None) -> None:
+        from . import _hints
+
+        _hints.memory_advise(tensor, advice, device)  # type: ignore[arg-type]
+
+    def prefetch_to_device(tensor: Any, device: Any = None) -> None:
+        from . import _hints
+
+        _hints.prefetch_to_device(tensor, device)
+
+    for function, meant in ((memory_advise, "advise"), (prefetch_to_device, "prefetch")):
+        function.__doc__ = f"See `torch_uvm.{meant}`."
+        setattr(torch.cuda, function.__name__, function)
+
+    def memory_stats(device: int) -> dict[str, Any]:
+        found: dict[str, Any] = theirs(device)
+        add_figures(found, library.place_numbers(device))
+        return found
+
+    memory_stats.__wrapped__ = theirs  # type: ignore[attr-defined]
+    torch._C._cuda_memoryStats = memory_stats
+
+
+def add_figures(stats: dict[str, Any], numbers: Any) -> None:
+    """Adds our figures to `torch.cuda.memory_stats_as_nested_dict()`, under the names that programs look for: `uvm_stage`
+    and, flattened, `uvm.stage`. `numbers` are the fields of PlaceStats in their order."""
+    (
+        device,
+        device_peak,
+        host,
+        host_peak,
+        unplaced,
+        unplaced_peak,
+        to_device,
+        to_host,
+        discarded,
+        *_,
+        stage,
+        stage_changes,
+        light,
+        hard,
+        reclaimed,
+        moves_out,
+        moved_out,
+        regrets,
+    ) = numbers
+    stats["uvm_stage"] = stage
+    stats["uvm_light_reclamations"] = light
+    stats["uvm_hard_reclamations"] = hard
+    stats["uvm"] = {
+        "stage": stage,
+        "stage_changes": stage_changes,
+        "light_reclamations": light,
+        "hard_reclamations": hard,
+        "reclaimed_bytes": reclaimed,
+        "populated_bytes": {
+            "device": {"current": device, "peak": device_peak},
+            "host": {"current": host, "peak": host_peak},
+            "unplaced": {"current": unplaced, "peak": unplaced_peak},
+        },
+        "moved_bytes": {"to_device": to_device, "to_host": to_host},
+        "discarded_bytes": discarded,
+        "moves_out": moves_out,
+        "moved_out_bytes": moved_out,
+        "regrets": regrets,
+    }
 
 
 def _take_over(module: Any, name: str, plugin: Plugin) -> None:

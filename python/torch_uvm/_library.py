@@ -9,63 +9,33 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._records import MemoryInfo, PlaceSample, PlaceStats, SegmentPlace
 
 #: The number of the C interface that this file mirrors: TORCH_UVM_C_API of c_api.h.
-C_API = 1
+C_API = 2
 #: Where the plug-in's libraries lie: `libtorch_uvm_215.so` is for PyTorch 2.15.
 LIBRARIES = Path(__file__).parent / "lib"
+#: How many numbers `torch_uvm_place_stats_t` has.
+PLACE_NUMBERS = 20
 
 
-@dataclass(frozen=True)
-class MemoryInfo:
-    """One device's memory as the allocator sees it at this moment. All numbers are bytes."""
-
-    capacity: int
-    """Hard cap on what this process may populate, on the device and beside it."""
-    free: int
-    """`capacity` less what is populated and what others hold: what `torch.accelerator.get_memory_info` answers."""
-    populated_device: int
-    """Populated by this process and meant to live on the GPU."""
-    populated_host: int
-    """Populated by this process in host memory."""
-    populated_unplaced: int
-    """Populated by this process, wherever the driver moves it (`balanced`)."""
-    allocated: int
-    """In live allocations."""
-    reserved: int
-    """Populated in all, cached memory included."""
-    device_limit: int
-    """Soft limit on `populated_device`."""
-    device_total: int
-    """The device's memory, as CUDA says."""
-    device_free: int
-    """Of it free for everyone, as CUDA says. It rises only when managed memory is freed, not when it moves out."""
-    host_total: int
-    """The machine's memory, or its cgroup's limit where that is less."""
-    host_available: int
-    """Of it available now."""
-    host_reserve: int
-    """Of it left to everyone else."""
-
-    def __str__(self) -> str:
-        unplaced = f", {size(self.populated_unplaced)} where the driver keeps it" if self.populated_unplaced else ""
-        return (
-            f"capacity {size(self.capacity)}, free {size(self.free)}\n"
-            f"reserved {size(self.reserved)}, of it allocated {size(self.allocated)}; "
-            f"{size(self.populated_device)} on the device, {size(self.populated_host)} in host memory{unplaced}\n"
-            f"device: {size(self.device_free)} free of {size(self.device_total)}, limit {size(self.device_limit)}\n"
-            f"host: {size(self.host_available)} available of {size(self.host_total)}, reserve "
-            f"{size(self.host_reserve)}"
-        )
+#: What `_records` holds, which nobody needs while PyTorch is being imported.
+_RECORDS = ("MemoryInfo", "PlaceSample", "PlaceStats", "SegmentPlace")
 
 
-class _MemoryInfoStruct(ctypes.Structure):
-    """`torch_uvm_memory_info_t`: the fields of MemoryInfo in their order."""
+def __getattr__(name: str) -> Any:
+    """The types of what the library answers, made when they are first asked for."""
+    if name not in _RECORDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import _records
 
-    _fields_ = [(field.name, ctypes.c_uint64) for field in fields(MemoryInfo)]
+    value = getattr(_records, name)
+    globals()[name] = value
+    return value
 
 
 class Library:
@@ -90,9 +60,18 @@ class Library:
         self._enabled = self._function("torch_uvm_enabled", ctypes.c_int)
         self._initialized = self._function("torch_uvm_initialized", ctypes.c_int)
         self._options = self._function("torch_uvm_options", ctypes.c_char_p)
-        self._memory_info = self._function(
-            "torch_uvm_memory_info", ctypes.c_int, ctypes.c_int, ctypes.POINTER(_MemoryInfoStruct)
-        )
+        # Pointers to structures are plain pointers here: making ctypes' types for them takes milliseconds.
+        self._memory_info = self._function("torch_uvm_memory_info", ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+        self._place_stats = self._function("torch_uvm_place_stats", ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+        for name in ("segments", "place_samples"):
+            function = self._function(
+                f"torch_uvm_{name}", ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64
+            )
+            setattr(self, f"_{name}", function)
+        u64 = ctypes.c_uint64
+        self._prefetch = self._function("torch_uvm_prefetch", ctypes.c_int, u64, u64, ctypes.c_int, u64)
+        self._advise = self._function("torch_uvm_advise", ctypes.c_int, u64, u64, ctypes.c_char_p, ctypes.c_int)
+        self._discard = self._function("torch_uvm_discard", ctypes.c_int, u64, u64, u64)
         self._set_pool_placement = self._function(
             "torch_uvm_set_pool_placement",
             ctypes.c_int,
@@ -136,10 +115,64 @@ class Library:
 
     def memory_info(self, device: int) -> MemoryInfo:
         """The memory of a device. RuntimeError where CUDA is not initialised or has no such device."""
-        info = _MemoryInfoStruct()
-        if self._memory_info(device, ctypes.byref(info)) < 0:
+        from ._records import MEMORY_INFO_FIELDS, MemoryInfo
+
+        numbers = (ctypes.c_uint64 * len(MEMORY_INFO_FIELDS))()
+        self._done(self._memory_info(device, ctypes.byref(numbers)))
+        return MemoryInfo(*numbers)
+
+    def place_stats(self, device: int) -> PlaceStats:
+        """What is populated where on a device, and what moved. RuntimeError as `memory_info`."""
+        from ._records import PlaceStats
+
+        return PlaceStats(*self.place_numbers(device))
+
+    def place_numbers(self, device: int) -> Any:
+        """The numbers of `place_stats` in the order of its fields."""
+        numbers = (ctypes.c_uint64 * PLACE_NUMBERS)()
+        self._done(self._place_stats(device, ctypes.byref(numbers)))
+        return numbers
+
+    def segments(self, device: int) -> list[SegmentPlace]:
+        """The segments of a device by address, and where their pages lie. RuntimeError as `memory_info`."""
+        from ._records import SegmentStruct
+
+        return [segment.record() for segment in self._all(self._segments, SegmentStruct, device)]
+
+    def place_samples(self, device: int) -> list[PlaceSample]:
+        """How what is populated where has changed while the memory history was recorded, oldest first: the newest
+        65,536 changes. RuntimeError as `memory_info`."""
+        from ._records import SampleStruct
+
+        return [sample.record() for sample in self._all(self._place_samples, SampleStruct, device)]
+
+    def _all(self, function: Any, kind: Any, device: int) -> list[Any]:
+        """What a function writes that answers how many there are."""
+        room = 0
+        while True:
+            found = (kind * room)()
+            count = self._done(function(device, ctypes.byref(found), room))
+            if count <= room:
+                return list(found[:count])
+            room = count + 64  # others may add some meanwhile
+
+    def prefetch(self, ptr: int, count: int, to: int, stream: int) -> None:
+        """Moves `count` bytes of a live allocation to a device or, with -1, to the host, in the order of a stream."""
+        self._done(self._prefetch(ptr, count, to, stream))
+
+    def advise(self, ptr: int, count: int, advice: str, location: int) -> None:
+        """Gives the driver advice about `count` bytes of a live allocation; -1 is the host."""
+        self._done(self._advise(ptr, count, advice.encode(), location))
+
+    def discard(self, ptr: int, count: int, stream: int) -> None:
+        """Drops the contents of the whole pages in `count` bytes of a live allocation, in the order of a stream."""
+        self._done(self._discard(ptr, count, stream))
+
+    def _done(self, result: int) -> int:
+        """RuntimeError where a call has failed."""
+        if result < 0:
             raise RuntimeError(self.last_error())
-        return MemoryInfo(**{field.name: getattr(info, field.name) for field in fields(MemoryInfo)})
+        return result
 
     def set_pool_placement(self, device: int, pool: tuple[int, int], placement: str) -> None:
         """Where what the pool takes from CUDA from now on is placed. RuntimeError where it cannot be set."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Union
 
 from . import _library
-from ._library import Library, MemoryInfo
+from ._library import Library
 
 if TYPE_CHECKING:
     import torch
+
+    from ._records import MemoryInfo, PlaceStats
 
 #: A device as PyTorch's functions take it; None is the current one.
 Device = Union["torch.device", int, str, None]
@@ -59,6 +61,20 @@ def memory_info(device: Device = None) -> MemoryInfo:
     """
     library = enabled_library("memory_info()")
     return library.memory_info(device_index(device))
+
+
+def statistics(device: Device = None) -> PlaceStats:
+    """What is populated where on a device (the current one, if None), and what moved so far. Initialises CUDA.
+
+    Peaks and what accumulates start anew with `torch.cuda.reset_peak_memory_stats` and
+    `torch.cuda.reset_accumulated_memory_stats`.
+
+    Raises:
+        RuntimeError: `use_uvm` is off, or there is no such device.
+        ValueError: `device` is not a CUDA device.
+    """
+    library = enabled_library("statistics()")
+    return library.place_stats(device_index(device))
 
 
 def enabled_library(caller: str) -> Library:

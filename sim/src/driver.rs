@@ -103,6 +103,10 @@ impl Driver for SimDriver {
         Ok(self.machine.event_record(device, event, stream)?)
     }
 
+    fn stream_wait_event(&self, device: DeviceIndex, stream: Stream, event: Event) -> Result<()> {
+        Ok(self.machine.stream_wait_event(device, stream, event)?)
+    }
+
     fn event_query(&self, device: DeviceIndex, event: Event) -> Result<bool> {
         Ok(self.machine.event_query(device, event)?)
     }

@@ -12,6 +12,7 @@
 //! | capture and graphs | legality as measured on real devices (`capture`) |
 //! | managed memory | where each 2 MiB page is, advice, prefetch, discard, eviction, the books (`managed`, `physical`) |
 //! | time | a clock moved on by the costs of the [`Profile`], not by the host's |
+//! | what happened | counters, and what moved for which cause: [`Machine::report`] |
 //! | failure | any call can be made to fail ([`Fault`]); a failed call has changed nothing |
 //!
 //! What it cannot see: plain loads and stores of the CPU (a test says [`Machine::host_touch`]), and what other processes'
@@ -44,6 +45,7 @@ mod managed;
 mod memory;
 mod physical;
 pub mod profile;
+pub mod report;
 mod state;
 mod stream;
 pub mod types;
@@ -56,6 +58,7 @@ pub use fault::{EntryPoint, Fault, Which};
 pub use machine::Machine;
 pub use machine_streams::Hold;
 pub use profile::{Config, ConfigError, Profile, Schedule, parse_faults, parse_size};
+pub use report::Report;
 pub use torch_uvm::driver::{
     Advice, CaptureMode, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, Event, HostMemory, IpcHandle, Location,
     Range, Stream,

@@ -9,6 +9,7 @@ use crate::error::{Code, SimResult, Step, fail};
 use crate::fault::{EntryPoint, Fault};
 use crate::managed::{Managed, Place};
 use crate::profile::{Config, GIB, Profile};
+use crate::report::Report;
 use crate::state::{Allocation, Body, HostAllocation, Inner, Session, State};
 use crate::types::*;
 use crate::work::{Side, Work};
@@ -148,7 +149,7 @@ impl Machine {
                 return Err(fail(Code::OUT_OF_MEMORY, format!("{bytes} bytes of host memory: {left} are available")));
             }
             let address = s.zones.pinned.take(rounded)?;
-            s.physical.host.pinned += rounded;
+            s.physical.take_pinned(rounded);
             let (kind, id) = (PointerKind::PinnedHost, s.next_id());
             s.host_allocations.insert(address, HostAllocation { device, bytes, kind, zone: Some(rounded), id });
             Ok(address)
@@ -356,11 +357,12 @@ impl Machine {
         self.inner.peek(|s| s.faults.counts())
     }
 
-    /// Sets the counts of calls and the [`Counters`] to zero.
+    /// Sets the counts of calls, the [`Counters`], [`Traffic`] and [`Populated`] to zero; the [`Peaks`] begin with what is in
+    /// use.
     pub fn reset_counters(&self) {
         self.inner.peek(|s| {
             s.faults.reset_counts();
-            s.physical.counters = Counters::default();
+            s.physical.reset_counters();
         });
     }
 
@@ -368,6 +370,55 @@ impl Machine {
     #[must_use]
     pub fn counters(&self) -> Counters {
         self.inner.peek(|s| s.physical.counters)
+    }
+
+    /// What has crossed links, by its cause.
+    #[must_use]
+    pub fn traffic(&self) -> Traffic {
+        self.inner.peek(|s| s.physical.traffic)
+    }
+
+    /// How fresh pages got their memory.
+    #[must_use]
+    pub fn populated(&self) -> Populated {
+        self.inner.peek(|s| s.physical.populated)
+    }
+
+    /// The most memory in use.
+    #[must_use]
+    pub fn peaks(&self) -> Peaks {
+        self.inner.peek(|s| s.physical.peaks.clone())
+    }
+
+    /// All of what happened, for a report.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        self.inner.peek(|s| Report {
+            profile: s.config.profile.clone(),
+            devices: s.config.devices,
+            schedule: s.config.schedule,
+            counters: s.physical.counters,
+            traffic: s.physical.traffic,
+            populated: s.physical.populated,
+            peaks: s.physical.peaks.clone(),
+            calls: s.faults.counts(),
+            pending_operations: s.pending,
+            host_ns: s.clock_ns,
+            device_ns: s.last_done_ns,
+        })
+    }
+
+    /// Runs what is queued, without moving bytes and without calling host functions: only where pages are and what that
+    /// costs is kept in the books. For the end of a process, where the memory that copies point to may be gone. What
+    /// waits for a host function that runs at present stays queued.
+    pub fn run_down(&self) {
+        self.inner.peek(|s| {
+            s.running_down = true;
+            for mark in s.ends(None) {
+                s.advance(mark);
+            }
+            s.running_down = false;
+        });
     }
 
     /// Where all managed memory is. Looks at every page: not for hot paths.
@@ -397,9 +448,7 @@ impl Machine {
     pub fn host_touch(&self, range: Range, write: bool) {
         self.inner.peek(|s| {
             let Ok(base) = s.managed_base(range) else { return };
-            let spent: f64 = Managed::span(range.ptr.0 - base, range.bytes)
-                .map(|index| s.physical.access_page(base, index, Place::HOST, write))
-                .sum();
+            let spent = s.physical.access(base, range.ptr.0 - base, range.bytes, Place::HOST, write);
             s.clock_ns += spent as u64;
         });
     }

@@ -10,7 +10,7 @@
 
 use crate::managed::{Managed, PAGE, Page, Place};
 use crate::profile::{Config, Costs};
-use crate::types::Counters;
+use crate::types::{Counters, Peak, Peaks, Populated, Traffic};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Remote accesses after which hardware with access counters moves a page.
@@ -18,6 +18,14 @@ const HOT: u8 = 4;
 
 /// The driver takes device memory for managed pages in batches of this size (measured).
 const BATCH: u64 = 128 << 20;
+
+/// Why a page moves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Cause {
+    Fault,
+    Prefetch,
+    Eviction,
+}
 
 /// One device's books, in bytes.
 #[derive(Default, Debug)]
@@ -51,6 +59,9 @@ pub(crate) struct Physical {
     pub host: HostBooks,
     pub managed: BTreeMap<u64, Managed>,
     pub counters: Counters,
+    pub traffic: Traffic,
+    pub populated: Populated,
+    pub peaks: Peaks,
     costs: Costs,
     /// One memory for all: the device's total is the host's.
     integrated: bool,
@@ -74,12 +85,50 @@ impl Physical {
             host: HostBooks { total: profile.host_memory, ..HostBooks::default() },
             managed: BTreeMap::new(),
             counters: Counters::default(),
+            traffic: Traffic::default(),
+            populated: Populated::default(),
+            peaks: Peaks { devices: vec![Peak::default(); config.devices as usize], ..Peaks::default() },
             costs: profile.costs.clone(),
             integrated: profile.integrated,
             coherent: profile.host_page_tables,
             direct_host_access: profile.direct_host_access,
             stamp: 0,
         }
+    }
+
+    // ---- what happened ------------------------------------------------------------------------------------------
+
+    /// Counts from nothing again; the peaks begin with what is in use.
+    pub fn reset_counters(&mut self) {
+        self.counters = Counters::default();
+        self.traffic = Traffic::default();
+        self.populated = Populated::default();
+        self.peaks = Peaks { devices: vec![Peak::default(); self.devices.len()], ..Peaks::default() };
+        for device in 0..self.devices.len() {
+            self.note_device(device);
+        }
+        self.note_host();
+    }
+
+    fn note_device(&mut self, device: usize) {
+        let (books, peak) = (&self.devices[device], &mut self.peaks.devices[device]);
+        peak.managed = peak.managed.max(books.resident);
+        peak.plain = peak.plain.max(books.plain);
+        peak.total = peak.total.max(books.resident + books.plain);
+        self.note_all();
+    }
+
+    fn note_host(&mut self) {
+        let (books, peak) = (&self.host, &mut self.peaks.host);
+        peak.managed = peak.managed.max(books.managed);
+        peak.plain = peak.plain.max(books.pinned);
+        peak.total = peak.total.max(books.managed + books.pinned);
+        self.note_all();
+    }
+
+    fn note_all(&mut self) {
+        let devices: u64 = self.devices.iter().map(|books| books.resident + books.plain).sum();
+        self.peaks.all = self.peaks.all.max(devices + self.host.managed + self.host.pinned);
     }
 
     // ---- what is left -------------------------------------------------------------------------------------------
@@ -130,12 +179,19 @@ impl Physical {
             return false;
         }
         self.devices[device].plain += bytes;
+        self.note_device(device);
         true
     }
 
     /// Gives plain device memory back.
     pub fn give_plain(&mut self, device: usize, bytes: u64) {
         self.devices[device].plain -= bytes;
+    }
+
+    /// Books pinned host memory in. There is room.
+    pub fn take_pinned(&mut self, bytes: u64) {
+        self.host.pinned += bytes;
+        self.note_host();
     }
 
     /// Makes room for one managed page on a device, evicting if need be; the time it took, or `None` if there is none.
@@ -173,8 +229,9 @@ impl Physical {
             }
         };
         let (page, bytes) = self.page(base, index)?;
-        let has_copy = page.at != here.bit();
-        if has_copy || page.discarded {
+        let mut spent = 0.0;
+        // A copy elsewhere, or contents that nobody wants: nothing has to be written back.
+        if page.at != here.bit() || page.discarded {
             self.leave(base, index, here);
         } else {
             if self.host_available() < bytes {
@@ -185,11 +242,10 @@ impl Physical {
             }
             self.leave(base, index, here);
             self.arrive(base, index, Place::HOST);
-            self.counters.migrations += 1;
-            self.counters.bytes_d2h += bytes;
+            spent = self.moved(here.bit(), Place::HOST, bytes, Cause::Eviction);
         }
         self.counters.evictions += 1;
-        Some(if has_copy { 0.0 } else { time(bytes, self.costs.prefetch_d2h) })
+        Some(spent)
     }
 
     fn oldest(&mut self, device: usize) -> Option<(u64, usize)> {
@@ -252,6 +308,7 @@ impl Physical {
             None => {
                 self.host.managed += bytes;
                 managed.host += bytes;
+                self.note_host();
             }
             Some(device) => {
                 let books = &mut self.devices[device];
@@ -259,6 +316,7 @@ impl Physical {
                 books.chunks = books.chunks.max(books.resident);
                 managed.resident[device] += bytes;
                 managed.peak[device] = managed.peak[device].max(managed.resident[device]);
+                self.note_device(device);
                 self.used_now(base, index, device);
             }
         }
@@ -315,24 +373,62 @@ impl Physical {
     }
 
     /// Counts a page's move and gives the time it takes.
-    fn moved(&mut self, from: u32, to: Place, bytes: u64, h2d: f64) -> f64 {
+    fn moved(&mut self, from: u32, to: Place, bytes: u64, cause: Cause) -> f64 {
         self.counters.migrations += 1;
-        let from_host = from & Place::HOST.bit() != 0;
-        match (from_host, to.as_device()) {
-            (true, Some(_)) => {
-                self.counters.bytes_h2d += bytes;
-                time(bytes, h2d)
-            }
-            (true, None) => 0.0,
-            (false, None) => {
-                self.counters.bytes_d2h += bytes;
-                time(bytes, self.costs.prefetch_d2h)
-            }
-            (false, Some(_)) => {
-                self.counters.bytes_d2d += bytes;
-                time(bytes, self.costs.prefetch_h2d)
-            }
-        }
+        let costs = &self.costs;
+        let (traffic, h2d) = match cause {
+            Cause::Fault => (&mut self.traffic.faults, costs.migrate_fault),
+            Cause::Prefetch => (&mut self.traffic.prefetches, costs.prefetch_h2d),
+            Cause::Eviction => (&mut self.traffic.evictions, costs.prefetch_h2d),
+        };
+        let (here, all, speed) = match (from & Place::HOST.bit() != 0, to.as_device()) {
+            (true, Some(_)) => (&mut traffic.bytes_h2d, &mut self.counters.bytes_h2d, h2d),
+            (true, None) => return 0.0,
+            (false, None) => (&mut traffic.bytes_d2h, &mut self.counters.bytes_d2h, costs.prefetch_d2h),
+            (false, Some(_)) => (&mut traffic.bytes_d2d, &mut self.counters.bytes_d2d, costs.prefetch_h2d),
+        };
+        *here += bytes;
+        *all += bytes;
+        let spent = time(bytes, speed);
+        traffic.count += 1;
+        traffic.nanoseconds += spent.round() as u64;
+        spent
+    }
+
+    /// Counts a use of `used` bytes of a page that stays at another place, and gives the time it takes.
+    fn reached(&mut self, at: u32, who: Place, write: bool, used: u64) -> f64 {
+        self.counters.bytes_remote += used;
+        let spent = time(used, self.costs.remote);
+        let remote = &mut self.traffic.remote;
+        // What the host writes to a device's memory goes the way of what a device reads from the host's.
+        let direction = match (at & Place::HOST.bit() != 0, who.as_device()) {
+            (false, Some(_)) => &mut remote.bytes_d2d,
+            (true, _) if write => &mut remote.bytes_d2h,
+            (false, None) if !write => &mut remote.bytes_d2h,
+            _ => &mut remote.bytes_h2d,
+        };
+        *direction += used;
+        remote.count += 1;
+        remote.nanoseconds += spent.round() as u64;
+        spent
+    }
+
+    /// Counts a page's zero-filling at a place and gives the time it takes.
+    fn filled(&mut self, place: Place, bytes: u64, by_fault: bool) -> f64 {
+        let costs = &self.costs;
+        let (filled, device) = match by_fault {
+            true => (&mut self.populated.faults, costs.populate_fault),
+            false => (&mut self.populated.prefetches, costs.populate_prefetch),
+        };
+        let (here, all, speed) = match place.as_device() {
+            Some(_) => (&mut filled.bytes_device, &mut self.counters.populated_device, device),
+            None => (&mut filled.bytes_host, &mut self.counters.populated_host, costs.populate_host),
+        };
+        *here += bytes;
+        *all += bytes;
+        let spent = time(bytes, speed);
+        filled.nanoseconds += spent.round() as u64;
+        spent
     }
 
     // ---- what happens to pages ----------------------------------------------------------------------------------
@@ -357,18 +453,9 @@ impl Physical {
         let from = self.page(base, index).map_or(0, |(page, _)| page.at);
         if from == 0 || page.discarded {
             self.leave_all_but(base, index, to);
-            match to.as_device() {
-                Some(_) => {
-                    self.counters.populated_device += bytes;
-                    spent += time(bytes, self.costs.populate_prefetch);
-                }
-                None => {
-                    self.counters.populated_host += bytes;
-                    spent += time(bytes, self.costs.populate_host);
-                }
-            }
+            spent += self.filled(to, bytes, false);
         } else {
-            spent += self.moved(from, to, bytes, self.costs.prefetch_h2d);
+            spent += self.moved(from, to, bytes, Cause::Prefetch);
             if !page.read_mostly {
                 self.leave_all_but(base, index, to);
             }
@@ -380,9 +467,21 @@ impl Physical {
         spent
     }
 
-    /// A processor reads or writes a page: what the fault handler and the mappings make of it. The time it took beyond the
-    /// access of resident memory.
-    pub fn access_page(&mut self, base: u64, index: usize, who: Place, write: bool) -> f64 {
+    /// A processor reads or writes a part of a managed allocation. The time it took beyond the access of resident memory.
+    pub fn access(&mut self, base: u64, offset: u64, bytes: u64, who: Place, write: bool) -> f64 {
+        let end = offset + bytes;
+        Managed::span(offset, bytes)
+            .map(|index| {
+                let page = index as u64 * PAGE;
+                let used = end.min(page + PAGE) - offset.max(page);
+                self.access_page(base, index, who, write, used)
+            })
+            .sum()
+    }
+
+    /// A processor reads or writes `used` bytes of a page: what the fault handler and the mappings make of it. The time it
+    /// took beyond the access of resident memory.
+    fn access_page(&mut self, base: u64, index: usize, who: Place, write: bool, used: u64) -> f64 {
         let Some((page, bytes)) = self.page(base, index) else { return 0.0 };
         let mut spent = 0.0;
         if page.discarded && write {
@@ -403,12 +502,12 @@ impl Physical {
         }
         if page.at == 0 {
             self.count_fault(who);
-            return spent + self.first_touch(base, index, who);
+            return spent + self.first_touch(base, index, who, write, used);
         }
         if (write || !page.read_mostly) && self.reaches(&page, who) {
             let hot = self.coherent && page.heat + 1 >= HOT && page.preferred.place().is_none();
             if !hot {
-                self.counters.bytes_remote += bytes;
+                spent += self.reached(page.at, who, write, used);
                 if let Some(page) = self.page_mut(base, index) {
                     page.heat = page.heat.saturating_add(1);
                 }
@@ -416,19 +515,18 @@ impl Physical {
                     let keep = Place(page.at.trailing_zeros() as u8);
                     self.leave_all_but(base, index, keep);
                 }
-                return spent + time(bytes, self.costs.remote);
+                return spent;
             }
         } else {
             self.count_fault(who);
         }
         let Some(room) = self.room_at(who, bytes, true) else {
             // The device holds nothing but plain memory: the page stays where it is and is reached from there.
-            self.counters.bytes_remote += bytes;
-            return spent + time(bytes, self.costs.remote);
+            return spent + self.reached(page.at, who, write, used);
         };
         spent += room;
         let from = self.page(base, index).map_or(page.at, |(page, _)| page.at);
-        spent += self.moved(from, who, bytes, self.costs.migrate_fault);
+        spent += self.moved(from, who, bytes, Cause::Fault);
         if write || !page.read_mostly {
             self.leave_all_but(base, index, who);
         }
@@ -444,26 +542,16 @@ impl Physical {
     }
 
     /// Gives a page its first memory, at the preferred location if it has one, else where it is touched.
-    fn first_touch(&mut self, base: u64, index: usize, who: Place) -> f64 {
+    fn first_touch(&mut self, base: u64, index: usize, who: Place, write: bool, used: u64) -> f64 {
         let Some((page, bytes)) = self.page(base, index) else { return 0.0 };
         let wanted = page.preferred.place().filter(|&place| self.can_reach(who, place)).unwrap_or(who);
         let (place, mut spent) = match self.room_at(wanted, bytes, true) {
             Some(spent) => (wanted, spent),
             None => (Place::HOST, self.room_at(Place::HOST, bytes, true).unwrap_or(0.0)),
         };
-        match place.as_device() {
-            Some(_) => {
-                self.counters.populated_device += bytes;
-                spent += time(bytes, self.costs.populate_fault);
-            }
-            None => {
-                self.counters.populated_host += bytes;
-                spent += time(bytes, self.costs.populate_host);
-            }
-        }
+        spent += self.filled(place, bytes, true);
         if place != who {
-            self.counters.bytes_remote += bytes;
-            spent += time(bytes, self.costs.remote);
+            spent += self.reached(place.bit(), who, write, used);
         }
         self.arrive(base, index, place);
         spent

@@ -151,6 +151,10 @@ pub(crate) struct State {
     /// An illegal address was met: nothing works any more.
     pub broken: Option<(Code, String)>,
     pub clock_ns: u64,
+    /// When the last operation of any stream was done, by the simulated clock.
+    pub last_done_ns: u64,
+    /// Operations are booked only, and move no bytes: [`crate::Machine::run_down`].
+    pub running_down: bool,
     last_id: u64,
     random: u64,
     callbacks: Option<mpsc::Sender<(Key, HostFunc)>>,
@@ -185,6 +189,8 @@ impl State {
             physical_handles: BTreeMap::new(),
             broken: None,
             clock_ns: 0,
+            last_done_ns: 0,
+            running_down: false,
             last_id: 0,
             random: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0x2545_F491_4F6C_DD1D,
             callbacks: None,
@@ -215,6 +221,12 @@ impl State {
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         (z ^ (z >> 31)) % bound.max(1)
+    }
+
+    fn count_failure(&mut self, code: Code) {
+        if code == Code::OUT_OF_MEMORY {
+            self.physical.counters.out_of_memory += 1;
+        }
     }
 
     pub fn costs(&self) -> &Costs {
@@ -309,6 +321,7 @@ impl Inner {
         }
         let mut session = Session { inner: self, guard: self.state.lock() };
         if let Some(code) = session.faults.on_call(call) {
+            session.count_failure(code);
             return Err(named(fail(code, format!("{} (planted)", code.text()))));
         }
         if let Some((code, detail)) = &session.broken
@@ -319,6 +332,9 @@ impl Inner {
         session.clock_ns += self.config.profile.costs.call;
         session.tick();
         let result = body(&mut session).map_err(named);
+        if let Err(error) = &result {
+            session.count_failure(error.code);
+        }
         session.finish();
         result
     }

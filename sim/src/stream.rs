@@ -203,6 +203,7 @@ impl State {
             return Tried::Blocked(first);
         }
         if let Work::Hold(released) = &item.work
+            && !self.running_down
             && !released.load(Ordering::Relaxed)
         {
             return Tried::Busy;
@@ -211,7 +212,9 @@ impl State {
         let begun = begun.unwrap_or(0).max(stream.time_ns).max(item.submitted_ns);
         let (device, seq) = (stream.device, stream.completed + 1);
         let Some(stream) = self.streams.get_mut(&key) else { return Tried::Empty };
-        if let Some(Item { work: Work::Host(function), .. }) = stream.queue.front() {
+        if let Some(Item { work: Work::Host(function), .. }) = stream.queue.front()
+            && !self.running_down
+        {
             let function = function.clone();
             stream.busy = true;
             stream.time_ns = begun;
@@ -242,6 +245,7 @@ impl State {
     /// Books the first operation of a stream as done.
     fn completed(&mut self, key: Key, now: u64) {
         self.pending -= 1;
+        self.last_done_ns = self.last_done_ns.max(now);
         let Some(stream) = self.streams.get_mut(&key) else { return };
         stream.completed += 1;
         stream.time_ns = stream.time_ns.max(now);

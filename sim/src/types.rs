@@ -217,6 +217,81 @@ pub struct Counters {
     pub prefetch_skipped: u64,
     /// Operations run.
     pub operations: u64,
+    /// Calls that were refused for want of memory.
+    pub out_of_memory: u64,
+}
+
+/// What one cause has moved between places, and the time that took by the profile's [`Costs`](crate::profile::Costs).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Moved {
+    /// How many copies, or pages (of 2 MiB, the last of an allocation may be smaller).
+    pub count: u64,
+    /// Bytes from the host to devices.
+    pub bytes_h2d: u64,
+    /// Bytes from devices to the host.
+    pub bytes_d2h: u64,
+    /// Bytes from device to device.
+    pub bytes_d2d: u64,
+    /// The sum of the times. What several streams did side by side is all counted.
+    pub nanoseconds: u64,
+}
+
+/// What has crossed a link, by its cause.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Traffic {
+    /// Copies that the program asked for, between host memory and a device's, or between devices. What a copy makes of
+    /// managed pages that are elsewhere is counted below besides.
+    pub copies: Moved,
+    /// Pages moved because a processor used them.
+    pub faults: Moved,
+    /// Pages moved because they were prefetched.
+    pub prefetches: Moved,
+    /// Pages moved out because a device was full.
+    pub evictions: Moved,
+    /// Uses of pages that stayed where they were. `count` counts pages, once each time; the bytes are those that were used.
+    pub remote: Moved,
+}
+
+/// Fresh pages zero-filled by one cause.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Filled {
+    /// Bytes on devices.
+    pub bytes_device: u64,
+    /// Bytes in host memory.
+    pub bytes_host: u64,
+    /// The sum of the times.
+    pub nanoseconds: u64,
+}
+
+/// How pages got their first memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Populated {
+    /// By a prefetch.
+    pub prefetches: Filled,
+    /// By the first use: by faults.
+    pub faults: Filled,
+}
+
+/// The most memory in use at one place, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Peak {
+    /// Managed pages.
+    pub managed: u64,
+    /// Plain device memory; in the host, pinned memory.
+    pub plain: u64,
+    /// Both at the same time.
+    pub total: u64,
+}
+
+/// The most memory in use, since the machine began or since [`crate::Machine::reset_counters`].
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Peaks {
+    /// Of each device.
+    pub devices: Vec<Peak>,
+    /// Of the host. The program's pageable memory is not known here.
+    pub host: Peak,
+    /// Of all places at the same time, in bytes.
+    pub all: u64,
 }
 
 /// What is still alive: for leak checks.

@@ -134,8 +134,10 @@ impl State {
                 // Mapped and imported memory is another file's: its pages are not the zone's to give back.
                 let own = self.allocation_at(dst).is_some_and(|(_, a)| matches!(a.body, Body::Device | Body::Managed));
                 let zone = if own { self.zones.holding(dst) } else { None };
-                // SAFETY: `side` found the range live (or the caller vouches for his own memory, as with CUDA).
-                unsafe { memory::fill(dst, value, width, count, zone) };
+                if !self.running_down {
+                    // SAFETY: `side` found the range live (or the caller vouches for his own memory, as with CUDA).
+                    unsafe { memory::fill(dst, value, width, count, zone) };
+                }
                 Ok(spent + time(bytes, self.costs().device_write))
             }
             Work::Kernel { accesses } => {
@@ -167,21 +169,29 @@ impl State {
         if let Source::Address(src) = src {
             spent += self.access(device, from, *src, extent(rows, rows.src_pitch), false);
         }
-        let costs = self.costs();
+        let costs = &self.config.profile.costs;
+        let (counters, copies) = (&mut self.physical.counters, &mut self.physical.traffic.copies);
         let on_host = |side: Side| matches!(side, Side::Pinned | Side::Pageable);
         let (speed, counter) = match (on_host(to), on_host(from)) {
-            (false, true) => (costs.copy_h2d, Some(&mut self.physical.counters.bytes_h2d)),
-            (true, false) => (costs.copy_d2h, Some(&mut self.physical.counters.bytes_d2h)),
+            (false, true) => (costs.copy_h2d, Some((&mut counters.bytes_h2d, &mut copies.bytes_h2d))),
+            (true, false) => (costs.copy_d2h, Some((&mut counters.bytes_d2h, &mut copies.bytes_d2h))),
             (true, true) => (10.0, None),
             (false, false) => match (to, from) {
                 (Side::Device(a), Side::Device(b)) if a != b => {
-                    (costs.copy_h2d, Some(&mut self.physical.counters.bytes_d2d))
+                    (costs.copy_h2d, Some((&mut counters.bytes_d2d, &mut copies.bytes_d2d)))
                 }
                 _ => (costs.device_copy, None),
             },
         };
-        if let Some(counter) = counter {
-            *counter += bytes;
+        let took = time(bytes, speed);
+        if let Some((all, here)) = counter {
+            *all += bytes;
+            *here += bytes;
+            self.physical.traffic.copies.count += 1;
+            self.physical.traffic.copies.nanoseconds += took.round() as u64;
+        }
+        if self.running_down {
+            return Ok(spent + took);
         }
         for row in 0..rows.height {
             let at = dst + row * rows.dst_pitch;
@@ -193,7 +203,7 @@ impl State {
             // staged bytes are `width * height` long.
             unsafe { memory::copy(at, from, rows.width) };
         }
-        Ok(spent + time(bytes, speed))
+        Ok(spent + took)
     }
 
     /// A device uses memory: only managed memory cares.
@@ -203,7 +213,7 @@ impl State {
             return 0.0;
         }
         let who = Place::device(device);
-        Managed::span(address - base, bytes).map(|index| self.physical.access_page(base, index, who, write)).sum()
+        self.physical.access(base, address - base, bytes, who, write)
     }
 
     fn run_prefetch(&mut self, range: Range, to: Location) -> f64 {

@@ -10,6 +10,7 @@ use crate::driver::{CaptureMode, DevicePtr, Driver, DriverError, ErrorKind, Rang
 use crate::error::{Error, Limit, OutOfMemory, Result};
 use crate::history::{Action, Context};
 use crate::options::AccessPattern;
+use crate::pages::{self, Marks, PAGE};
 use crate::placement;
 use crate::pools::{DEFAULT_POOL, MempoolId, PoolId};
 use crate::segments::{Memory, Place, SMALL_STEP, Segment, SegmentId, population_step, range_bytes};
@@ -37,13 +38,13 @@ struct Growth {
 type Obtained = std::result::Result<BlockId, Exceeded>;
 
 /// Relaxed capture mode for this thread, until dropped.
-struct Relaxed {
+pub(super) struct Relaxed {
     driver: Arc<dyn Driver>,
     before: CaptureMode,
 }
 
 impl Relaxed {
-    fn enter(driver: &Arc<dyn Driver>) -> Result<Self> {
+    pub(super) fn enter(driver: &Arc<dyn Driver>) -> Result<Self> {
         let before = driver.exchange_capture_mode(CaptureMode::Relaxed)?;
         Ok(Self { driver: Arc::clone(driver), before })
     }
@@ -72,7 +73,7 @@ impl DeviceState {
         let obtained = self.obtain(&request, &context);
         drop(relaxed);
         match obtained? {
-            Ok(block) => Ok(self.hand_out(block, &request, context)),
+            Ok(block) => self.hand_out(block, &request, context),
             Err(exceeded) => Err(self.out_of_memory(&request, exceeded, context)),
         }
     }
@@ -94,7 +95,12 @@ impl DeviceState {
             if self.release_oversize(request, context)? && self.new_memory(request, context)?.is_ok() {
                 return Ok(self.best_fit(request).ok_or(self.nothing_left()));
             }
+            let before = self.populated.total();
             self.release_cached(DEFAULT_POOL, context)?;
+            let given_back = before - self.populated.total();
+            self.places.hard_reclamations += 1;
+            self.places.reclaimed += given_back;
+            tracing::debug!(device = self.device, bytes = given_back, "all caches were given back at a limit");
             self.stats.num_alloc_retries += 1;
             // Waiting for events may have freed enough in partly used segments.
             if let Some(block) = self.best_fit(request) {
@@ -146,18 +152,30 @@ impl DeviceState {
         let custom = self.pools[self.pools[request.list].pool].custom;
         let step = population_step(request.rounded, request.rounded, 0, &self.native);
         let pattern = self.pools[self.pools[request.list].pool].placement.unwrap_or(self.options.access_pattern);
-        let plan = placement::plan(pattern, self.populated.device, step, self.budget.device_limit());
         if let Some(custom) = custom {
             return self.fixed_segment(request, Memory::Custom(custom), Place::Unplaced, step, context);
         }
-        if plan.place == Place::Device {
-            self.relieve(step, request, context)?;
+        let limit = self.budget.device_limit();
+        match pattern {
+            AccessPattern::GpuFirst => {
+                self.relieve(step, request, context)?;
+                self.note_pressure(step);
+                let excess = self.populated.device.saturating_add(step).saturating_sub(limit);
+                // What will not fit on the device whatever moves out is placed in host memory at once.
+                if excess > 0 && step <= limit {
+                    self.make_room(excess, request.stream)?;
+                }
+            }
+            AccessPattern::Device => self.relieve(step, request, context)?,
+            AccessPattern::Balanced | AccessPattern::CpuFirst => {}
         }
+        let plan = placement::plan(pattern, self.populated.device, step, limit);
         // A private pool lives as long as its graphs and is brought back to checkpoints segment by segment; what PyTorch knows
         // of it, it knows of segments like `native`'s.
         let private = self.pools[request.list].pool != PoolId::DEFAULT && !self.native.expandable_segments;
         if plan.memory == Memory::Device || private || request.rounded >= self.native.max_split_size {
-            return self.fixed_segment(request, plan.memory, plan.place, step, context);
+            let made = self.fixed_segment(request, plan.memory, plan.place, step, context)?;
+            return Ok(made.inspect(|()| self.note_overflow(pattern, plan.place)));
         }
         let grows = match (self.hole_that_fits(request, plan.place), self.segment_with_room(request, plan.place)) {
             (Some(hole), Some(end)) => Some(if hole.missing <= end.missing { hole } else { end }),
@@ -176,9 +194,17 @@ impl DeviceState {
         };
         // Close to a limit the step may be too much where the request itself is not.
         let least = missing.next_multiple_of(SMALL_STEP);
-        match populate(self, step)? {
-            Err(_) if least < step => populate(self, least),
-            populated => Ok(populated),
+        let populated = match populate(self, step)? {
+            Err(_) if least < step => populate(self, least)?,
+            populated => populated,
+        };
+        Ok(populated.inspect(|()| self.note_overflow(pattern, plan.place)))
+    }
+
+    /// Notes that new memory was placed somewhere: in the host because there was no room on the device?
+    fn note_overflow(&mut self, pattern: AccessPattern, place: Place) {
+        if pattern == AccessPattern::GpuFirst && place == Place::Host {
+            self.movers.grew(self.clock, self.budget.device_limit());
         }
     }
 
@@ -255,7 +281,7 @@ impl DeviceState {
             return self.shortage(error);
         }
         self.segment_mut(id).filled += bytes;
-        self.populated.add(place, bytes);
+        self.count_populated(place, bytes);
         if self.blocks[last].state == BlockState::Free {
             let free = &mut self.pools[list].free;
             free.remove(&mut self.blocks, last);
@@ -267,6 +293,8 @@ impl DeviceState {
             self.pools[list].free.insert(&mut self.blocks, tail);
         }
         self.count_reserved(list, bytes);
+        let tail = self.segment(id).last;
+        self.blocks[tail].has_marks |= self.is_marked(tail);
         self.trace_segment(Action::SegmentMap, id, start.0, bytes, context.clone());
         Ok(Ok(()))
     }
@@ -288,9 +316,10 @@ impl DeviceState {
             return self.shortage(error);
         }
         let filled = if bytes < hole_bytes { self.blocks.split_front(hole, bytes) } else { hole };
+        self.blocks[filled].has_marks |= self.is_marked(filled);
         self.put_back(filled);
         self.segment_mut(id).vacant -= bytes;
-        self.populated.add(place, bytes);
+        self.count_populated(place, bytes);
         self.count_reserved(list, bytes);
         self.trace_segment(Action::SegmentMap, id, address, bytes, context.clone());
         Ok(Ok(()))
@@ -384,13 +413,7 @@ impl DeviceState {
             return Ok(());
         };
         let driver = Arc::clone(&self.driver);
-        let capturing = match driver.stream_is_capturing(self.device, request.stream) {
-            Ok(capturing) => capturing,
-            // The legacy stream may not even be asked while a blocking stream captures.
-            Err(error) if error.kind == ErrorKind::StreamCapture => true,
-            Err(error) => return Err(error),
-        };
-        if !capturing {
+        if !self.captures_now(request.stream)? {
             return driver.prefetch(self.device, range, to, request.stream);
         }
         let side = self.side_stream()?;
@@ -399,7 +422,7 @@ impl DeviceState {
     }
 
     /// The stream for what cannot run on the program's.
-    fn side_stream(&mut self) -> crate::driver::Result<Stream> {
+    pub(super) fn side_stream(&mut self) -> crate::driver::Result<Stream> {
         match self.side_stream {
             Some(side) => Ok(side),
             None => Ok(*self.side_stream.insert(self.driver.stream_create(self.device)?)),
@@ -443,13 +466,15 @@ impl DeviceState {
             list,
             last: block,
             free_since: self.pools[list].requests,
+            marks: Marks::default(),
             // `state` asks for the stacks of live allocations only, and a segment is none.
             context: context.clone().filter(|_| self.history.keeps_context()),
         });
+        self.blocks[block].has_marks = self.is_marked(block);
         self.pools[list].free.insert(&mut self.blocks, block);
         let pool = self.pools[list].pool;
         self.pools[pool].segments += 1;
-        self.populated.add(place, populated);
+        self.count_populated(place, populated);
         self.count_reserved(list, populated);
         if growing {
             self.growing.entry(list).or_default().push(id);
@@ -489,7 +514,7 @@ impl DeviceState {
 
     /// Gives one wholly free segment back to CUDA.
     fn release_segment(&mut self, id: SegmentId, context: &Option<Context>) -> Result<()> {
-        let Segment { base, list, growing, memory, place, oversize, .. } = *self.segment(id);
+        let Segment { base, list, growing, memory, oversize, .. } = *self.segment(id);
         let populated = self.segment(id).populated();
         let (freed, kept) = if growing {
             (Action::SegmentUnmap, Action::SegmentMap)
@@ -520,7 +545,7 @@ impl DeviceState {
             }
             self.blocks.discard(block);
         }
-        self.populated.sub(place, populated);
+        self.count_gone(id);
         let (small, pool) = (self.pools[list].small, self.pools[list].pool);
         self.pools[pool].segments -= 1;
         self.count_unreserved(list, populated);
@@ -578,18 +603,23 @@ impl DeviceState {
             .filter(|&id| placement::can_shrink(self.segment(id).place, &self.info, &self.options) && self.in_use(id))
             .flat_map(|id| self.blocks_of(id))
             .filter(|&block| self.blocks[block].state == BlockState::Free)
-            .map(|block| (block, self.whole_pages(block).1))
+            .map(|block| (block, self.pages_at_home(block).iter().map(pages::bytes).sum()))
             .filter(|&(_, bytes)| bytes > 0)
             .collect()
     }
 
-    /// The whole pages inside a block of a growing segment (which begins at one): where they begin, in bytes from the
-    /// block's start, and how many bytes they are.
-    fn whole_pages(&self, block: BlockId) -> (u64, u64) {
-        let Block { address, bytes, .. } = self.blocks[block];
-        let first = address.next_multiple_of(SMALL_STEP);
-        let end = (address + bytes) / SMALL_STEP * SMALL_STEP;
-        (first - address, end.saturating_sub(first))
+    /// The whole pages inside a block of a growing segment that lie where the segment's place says, and have its advice:
+    /// runs of them, lowest first.
+    fn pages_at_home(&self, block: BlockId) -> Vec<std::ops::Range<u64>> {
+        let Block { address, bytes, segment, has_marks, .. } = self.blocks[block];
+        let segment = self.segment(segment);
+        let whole = pages::inside(address - segment.base.0, bytes);
+        if !has_marks {
+            return if whole.is_empty() { Vec::new() } else { vec![whole] };
+        }
+        let marks = &segment.marks;
+        let special = |page| [&marks.away, &marks.resettled, &marks.advised].iter().any(|set| set.contains(page));
+        pages::runs(whole, |page| !special(page))
     }
 
     /// Gives the whole pages of free blocks back; an error does not keep the others.
@@ -600,10 +630,18 @@ impl DeviceState {
         self.wait_for_device()?;
         let mut first = Ok(());
         for (block, _) in free {
-            let vacated = self.vacate(block, context);
+            let vacated = self.vacate_block(block, context);
             first = first.and(vacated);
         }
         first
+    }
+
+    fn vacate_block(&mut self, mut block: BlockId, context: &Option<Context>) -> Result<()> {
+        // What is left of the block is below: the next run lies in it.
+        for run in self.pages_at_home(block).into_iter().rev() {
+            block = self.vacate(block, run, context)?;
+        }
+        Ok(())
     }
 
     /// Waits for all work on the device. Making and freeing an empty range takes microseconds, and waits also where some
@@ -618,29 +656,39 @@ impl DeviceState {
         freed
     }
 
-    /// Gives the whole pages of a free block back that no stream uses any more: discards them. The address space stays, as a
-    /// hole or beyond the segment's end, and is populated as if it were new before it is used again.
-    fn vacate(&mut self, block: BlockId, context: &Option<Context>) -> Result<()> {
-        let (before, bytes) = self.whole_pages(block);
+    /// Gives pages of a free block back that no stream uses any more: discards them. The address space stays, as a hole or
+    /// beyond the segment's end, and is populated as if it were new before it is used again. Answers the block that is left
+    /// below them.
+    fn vacate(&mut self, block: BlockId, pages: std::ops::Range<u64>, context: &Option<Context>) -> Result<BlockId> {
         let Block { address, bytes: block_bytes, segment: id, list, .. } = self.blocks[block];
-        let start = DevicePtr(address + before);
+        let start = self.segment(id).base.offset(pages.start * PAGE);
+        let (before, bytes) = (start.0 - address, pages::bytes(&pages));
         // As before a whole segment goes.
         self.trace_segment(Action::SegmentUnmap, id, start.0, bytes, context.clone());
+        let mut queued = false;
         let discarded = self.side_stream().and_then(|side| {
             self.driver.discard(self.device, Range { ptr: start, bytes }, side)?;
+            queued = true;
             // Whatever stream populates and uses these bytes next comes after.
             self.driver.stream_synchronize(self.device, side)
         });
         if let Err(error) = discarded {
+            if queued {
+                self.segment_mut(id).marks.raw.insert(pages);
+                self.blocks[block].has_marks = true;
+            }
             self.trace_segment(Action::SegmentMap, id, start.0, bytes, context.clone());
             return Err(error.into());
         }
 
+        self.places.discarded += bytes;
+        self.segment_mut(id).marks.raw.remove(pages);
         let free = &mut self.pools[list].free;
         free.remove(&mut self.blocks, block);
+        let mut below = BlockId::NONE;
         if before > 0 {
-            let front = self.blocks.split_front(block, before);
-            free.insert(&mut self.blocks, front);
+            below = self.blocks.split_front(block, before);
+            free.insert(&mut self.blocks, below);
         }
         let mut hole = block;
         if before + bytes < block_bytes {
@@ -672,9 +720,9 @@ impl DeviceState {
             segment.vacant -= hole_bytes;
             segment.last = prev;
         }
-        self.populated.sub(place, bytes);
+        self.count_unpopulated(place, bytes);
         self.count_unreserved(list, bytes);
-        Ok(())
+        Ok(below)
     }
 
     /// Gives segments back one after the other; an error does not keep the others.
@@ -733,14 +781,27 @@ impl DeviceState {
         for orphan in std::mem::take(&mut self.orphans) {
             self.abandon(orphan);
         }
+        self.note_pressure(0);
         first
     }
 
     /// Stage 1 of reclamation: when the device is nearly full, wholly free segments on it are given back before it is
     /// populated further for a request, then the free pages of others.
     fn relieve(&mut self, bytes: u64, request: &Request, context: &Option<Context>) -> Result<()> {
+        let before = self.populated.device;
+        let relieved = self.give_back_on_device(bytes, request, context);
+        let given_back = before - self.populated.device;
+        if given_back > 0 {
+            self.places.light_reclamations += 1;
+            self.places.reclaimed += given_back;
+            tracing::debug!(device = self.device, bytes = given_back, "cached memory was given back");
+        }
+        relieved
+    }
+
+    fn give_back_on_device(&mut self, bytes: u64, request: &Request, context: &Option<Context>) -> Result<()> {
         let limit = self.budget.device_limit();
-        let keep = ((self.options.stage1_threshold * limit as f64) as u64).max(self.options.stage1_min_bytes);
+        let keep = self.pressure.margin(limit, self.keep_free());
         let wanted = self.populated.device.saturating_add(bytes).saturating_add(keep);
         if wanted <= limit || !self.captures.is_empty() || self.options.access_pattern == AccessPattern::Device {
             return Ok(());
@@ -749,7 +810,8 @@ impl DeviceState {
         let on_device: Vec<_> = self
             .releasable(PoolId::DEFAULT)
             .into_iter()
-            .filter(|&(id, _)| self.segment(id).place == Place::Device)
+            .map(|(id, _)| (id, self.segment(id).populated_in(Place::Device)))
+            .filter(|&(_, bytes)| bytes > 0)
             .collect();
         for (id, bytes) in on_device {
             if excess == 0 {

@@ -256,7 +256,7 @@ impl DeviceState {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for an unknown or released pool, one with frees that wait for events, or a checkpoint that does
-    /// not fit it (a segment is gone); nothing has changed then.
+    /// not fit it (a segment is gone); the driver's. Nothing has changed then.
     pub fn restore_pool(&mut self, state: &PoolState, context: Option<Context>) -> Result<Restored> {
         let pool = self.pool(state.id)?;
         if self.pools[pool].use_count == 0 {
@@ -283,6 +283,12 @@ impl DeviceState {
                     )));
                 }
             }
+        }
+
+        // What is handed out again below keeps its contents, so nothing moves; but nothing is handed out discarded.
+        for &id in &segments {
+            let stream = self.pools[self.segment(id).list].stream;
+            self.populate_all_raw(id, stream)?;
         }
 
         let mut restored = Restored::default();

@@ -5,6 +5,7 @@ use crate::blocks::{BlockId, BlockState};
 use crate::budget::Populated;
 use crate::driver::{DeviceIndex, Stream};
 use crate::history::{Action, Context, TraceEntry};
+use crate::pages::{self, PAGE};
 use crate::pools::{DEFAULT_POOL, MempoolId};
 use crate::segments::{SMALL_STEP, SegmentId};
 use std::collections::HashSet;
@@ -130,7 +131,8 @@ pub(super) fn check(state: &DeviceState) -> Result<(), String> {
     for (index, segment) in state.segments.iter().enumerate() {
         let Some(segment) = segment else { continue };
         let id = SegmentId(index as u32);
-        populated.add(segment.place, segment.populated());
+        populated.add(segment.place, segment.populated_in(segment.place));
+        populated.add(segment.place.other(), segment.away());
         reserved += segment.populated();
         ranges.push((segment.base.0, segment.base.0 + segment.range_bytes));
         if segment.filled.max(segment.discarded) > segment.range_bytes {
@@ -163,6 +165,13 @@ pub(super) fn check(state: &DeviceState) -> Result<(), String> {
                 return Err(format!("hole {:#x} was not merged or not of whole pages", block.address));
             }
             before_vacant = is_vacant;
+            let pages = pages::touched(block.address - segment.base.0, block.bytes);
+            if segment.marks.any(pages) && (is_vacant || !block.has_marks) {
+                return Err(format!("block {:#x} does not know of the marks on its pages", block.address));
+            }
+            if block.has_marks && block.thread.is_some() {
+                return Err(format!("block {:#x} has marks and is in a thread's cache", block.address));
+            }
             match block.state {
                 BlockState::Free => {
                     free.insert(block_id);
@@ -189,6 +198,9 @@ pub(super) fn check(state: &DeviceState) -> Result<(), String> {
                 active += block.bytes;
                 requested += block.requested;
             }
+        }
+        if segment.marks.any(segment.filled / PAGE..segment.range_bytes / PAGE) {
+            return Err(format!("segment {:?} has marks on pages that it does not have", segment.base));
         }
         if next != segment.base.0 + segment.filled || vacant != segment.vacant {
             return Err(format!("the blocks of segment {:?} do not fill it", segment.base));
@@ -227,6 +239,10 @@ pub(super) fn check(state: &DeviceState) -> Result<(), String> {
     }
     if populated != state.populated {
         return Err(format!("populated {populated:?}, but the books say {:?}", state.populated));
+    }
+    let places = [state.places.device, state.places.host, state.places.unplaced];
+    if places.map(|level| level.current) != [populated.device, populated.host, populated.unplaced] {
+        return Err(format!("populated {populated:?}, but the statistics say {places:?}"));
     }
     let stats = &state.stats;
     let figures = [

@@ -495,6 +495,13 @@ impl Driver for CudaDriver {
         unsafe { call!(self.api, cuEventRecord(cu_event(event), cu_stream(stream))) }
     }
 
+    fn stream_wait_event(&self, device: DeviceIndex, stream: Stream, event: Event) -> Result<()> {
+        let _context = self.enter(device, "cuStreamWaitEvent")?;
+        // "CU_EVENT_WAIT_DEFAULT: Default event wait flag", 0.
+        // SAFETY: a live stream and a live event (trait Driver).
+        unsafe { call!(self.api, cuStreamWaitEvent(cu_stream(stream), cu_event(event), 0)) }
+    }
+
     fn event_query(&self, device: DeviceIndex, event: Event) -> Result<bool> {
         let _context = self.enter(device, "cuEventQuery")?;
         // "Returns CUDA_SUCCESS if all captured work has been completed, or CUDA_ERROR_NOT_READY if any captured work

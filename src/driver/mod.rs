@@ -82,6 +82,25 @@ pub enum Advice {
     UnsetReadMostly,
 }
 
+impl Advice {
+    /// What [`Advice::named`] knows.
+    pub const EXPECTED: &str = "set_preferred_location, unset_preferred_location, set_accessed_by, unset_accessed_by, \
+                                set_read_mostly or unset_read_mostly";
+
+    /// The advice of a name (`cudaMemoryAdvise` without its prefix); `location` is for those that have one.
+    pub fn named(name: &str, location: Location) -> Option<Self> {
+        Some(match name {
+            "set_preferred_location" => Self::SetPreferredLocation(location),
+            "unset_preferred_location" => Self::UnsetPreferredLocation,
+            "set_accessed_by" => Self::SetAccessedBy(location),
+            "unset_accessed_by" => Self::UnsetAccessedBy(location),
+            "set_read_mostly" => Self::SetReadMostly,
+            "unset_read_mostly" => Self::UnsetReadMostly,
+            _ => return None,
+        })
+    }
+}
+
 /// `CUstreamCaptureMode`: which calls are forbidden while some stream captures.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum CaptureMode {
@@ -269,6 +288,11 @@ pub trait Driver: Send + Sync + 'static {
     /// Records the event on a stream of the same device. On a capturing stream it becomes part of the graph,
     /// and may then not be queried. While capturing: always.
     fn event_record(&self, device: DeviceIndex, event: Event, stream: Stream) -> Result<()>;
+
+    /// What is queued on the stream from now on waits for the event's last record; an event never recorded is no wait.
+    /// Does not wait itself. While capturing: the wait becomes part of the graph on a capturing stream; an event last
+    /// recorded in a capture draws the stream into it. The allocator only orders streams that do not capture.
+    fn stream_wait_event(&self, device: DeviceIndex, stream: Stream, event: Event) -> Result<()>;
 
     /// Whether everything before the last record has completed. An event never recorded has completed.
     /// While capturing: relaxed; never for an event last recorded in a capture.

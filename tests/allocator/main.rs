@@ -2,9 +2,11 @@
 
 mod caching;
 mod faults;
+mod hints;
 mod limits;
 mod model;
 mod private_pools;
+mod room;
 mod shrinking;
 mod streams;
 mod threads;

@@ -171,7 +171,32 @@ pub fn other_calls_do_not_wait(machine: &dyn Machine) {
     machine.free(device);
 }
 
-/// A prefetch is ordered on its stream: its event completes after it, and after what was before it.
+/// What is queued on a stream after a wait comes after what the event stands for, and nothing waits for an event that was
+/// never recorded.
+pub fn a_stream_waits_for_an_event(machine: &dyn Machine) {
+    let driver = machine.driver();
+    let (busy, gate) = machine.gated_stream();
+    let idle = driver.stream_create(DEVICE).unwrap();
+    let [event, after] = [(); 2].map(|()| driver.event_create(DEVICE).unwrap());
+    driver.stream_wait_event(DEVICE, idle, event).unwrap();
+    driver.stream_synchronize(DEVICE, idle).unwrap();
+    driver.event_record(DEVICE, event, busy).unwrap();
+    driver.stream_wait_event(DEVICE, idle, event).unwrap();
+    driver.event_record(DEVICE, after, idle).unwrap();
+    thread::sleep(A_WHILE);
+    assert_eq!(driver.event_query(DEVICE, after), Ok(false));
+    gate.0.open();
+    driver.event_synchronize(DEVICE, after).unwrap();
+    assert_eq!(driver.event_query(DEVICE, event), Ok(true));
+    for event in [event, after] {
+        driver.event_destroy(DEVICE, event).unwrap();
+    }
+    for stream in [busy, idle] {
+        driver.stream_destroy(DEVICE, stream).unwrap();
+    }
+}
+
+/// A prefetch is ordered on its stream: its event completes after it, and after what was before it. on its stream: its event completes after it, and after what was before it.
 pub fn a_prefetch_is_ordered_on_its_stream(machine: &dyn Machine) {
     let driver = machine.driver();
     let range = machine.managed(8 * MIB);

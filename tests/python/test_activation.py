@@ -101,6 +101,34 @@ int torch_uvm_memory_info(int device, torch_uvm_memory_info_t* info) {
   }
   return 0;
 }
+int torch_uvm_prefetch(uint64_t, uint64_t, int, uint64_t) {
+  error = "prefetch: nothing is there";
+  return -1;
+}
+int torch_uvm_advise(uint64_t, uint64_t, const char*, int) {
+  return 0;
+}
+int torch_uvm_discard(uint64_t, uint64_t, uint64_t) {
+  return 0;
+}
+int torch_uvm_place_stats(int, torch_uvm_place_stats_t* stats) {
+  for (size_t i = 0; i < sizeof(*stats) / sizeof(uint64_t); ++i) {
+    reinterpret_cast<uint64_t*>(stats)[i] = i;
+  }
+  return 0;
+}
+int64_t torch_uvm_segments(int, torch_uvm_segment_t* segments, uint64_t capacity) {
+  for (uint64_t i = 0; i < capacity && i < 3; ++i) {
+    segments[i] = {i, 2, 3, 4, 5, 6, 7, 8, 9, 10, static_cast<int32_t>(i), static_cast<int32_t>(i), 1, 0};
+  }
+  return 3;
+}
+int64_t torch_uvm_place_samples(int, torch_uvm_place_sample_t* samples, uint64_t capacity) {
+  for (uint64_t i = 0; i < capacity && i < 2; ++i) {
+    samples[i] = {-1, i, 2, 3, 4};
+  }
+  return 2;
+}
 int torch_uvm_set_pool_placement(int, uint64_t, uint64_t, const char*) {
   error = "there is no such pool";
   return -1;
@@ -362,6 +390,10 @@ def tried(call, *arguments):
 print(json.dumps({
     "config": torch_uvm.config(), "info": dataclasses.asdict(library.memory_info(0)),
     "no device": tried(library.memory_info, 3), "no pool": tried(library.set_pool_placement, 0, (1, 2), "device"),
+    "stats": dataclasses.asdict(library.place_stats(0)),
+    "segments": [dataclasses.asdict(segment) for segment in library.segments(0)],
+    "samples": [dataclasses.asdict(sample) for sample in library.place_samples(0)],
+    "hints": [tried(library.prefetch, 1, 2, -1, 0), library.advise(1, 2, "set_read_mostly", 0), library.discard(1, 2, 0)],
 }))
 """
     said = printed(run_fake(fakes, code))
@@ -379,6 +411,17 @@ print(json.dumps({
     assert list(said["info"].values()) == [(1 << 40) + i for i in range(len(said["info"]))], said
     assert said["no device"] == "RuntimeError: device 3 is not there"
     assert said["no pool"] == "RuntimeError: there is no such pool"
+    assert list(said["stats"].values()) == list(range(20)), said
+    same_in_all = {"range_bytes": 2, "filled": 3, "vacant": 4, "discarded_end": 5, "populated_device": 6}
+    same_in_all |= {"populated_host": 7, "populated_unplaced": 8, "pool": [9, 10], "small": True, "growing": False}
+    kinds = zip(("device", "host", "unplaced"), ("managed", "device", "custom"))
+    assert said["segments"] == [
+        {"base": base, "place": place, "memory": memory} | same_in_all for base, (place, memory) in enumerate(kinds)
+    ]
+    assert said["samples"] == [
+        {"time_us": -1, "device": device, "host": 2, "unplaced": 3, "allocated": 4} for device in (0, 1)
+    ]
+    assert said["hints"] == ["RuntimeError: prefetch: nothing is there", None, None]
 
 
 def test_wrong_settings_in_the_environment(fakes: Path) -> None:
@@ -388,14 +431,24 @@ def test_wrong_settings_in_the_environment(fakes: Path) -> None:
 
 
 def test_the_python_mirror_of_the_c_interface() -> None:
-    """The interface's number and the structure's fields are those of c_api.h."""
+    """The interface's number and the structures' fields are those of c_api.h."""
+    from torch_uvm import _records
+
     header = (ROOT / "cpp" / "torch_uvm" / "c_api.h").read_text()
     number = re.search(r"#define TORCH_UVM_C_API (\d+)", header)
-    structure = re.search(r"struct torch_uvm_memory_info_t \{(.*?)\n\};", header, re.DOTALL)
-    assert number and structure
+    assert number
     assert _library.C_API == int(number[1])
-    declared = re.findall(r"^\s*uint64_t (\w+);", structure[1], re.MULTILINE)
-    assert list(_library.MemoryInfo.__dataclass_fields__) == declared
+
+    def declared(structure: str) -> list[str]:
+        found = re.search(rf"struct torch_uvm_{structure}_t \{{(.*?)\n\}};", header, re.DOTALL)
+        assert found
+        return re.findall(r"^\s*u?int\d\d_t (\w+);", found[1], re.MULTILINE)
+
+    assert list(_library.MemoryInfo.__dataclass_fields__) == declared("memory_info")
+    assert list(_records.PlaceStats.__dataclass_fields__) == declared("place_stats")
+    assert len(declared("place_stats")) == _library.PLACE_NUMBERS
+    assert [name for name, _ in _records.SegmentStruct._fields_] == declared("segment")
+    assert [name for name, _ in _records.SampleStruct._fields_] == declared("place_sample")
 
 
 def test_our_list_of_options_is_the_allocators() -> None:

@@ -25,6 +25,7 @@ mod plugin;
 mod process;
 mod python;
 mod repack;
+mod shipped_simulator;
 mod sim;
 mod source;
 mod step;

@@ -354,7 +354,8 @@ pub const PLUGIN_TESTS: &[OfficialTorch] = &[
 pub const BUILD_TOOLS: &[&str] = &["cmake==4.4.4", "ninja==1.13.2"];
 
 /// What the demo and the tests import beside PyTorch itself.
-pub const TEST_PACKAGES: &[&str] = &["numpy", "pytest", "expecttest", "hypothesis", "psutil", "ninja", "pytest-xdist"];
+pub const TEST_PACKAGES: &[&str] =
+    &["numpy", "pytest", "expecttest", "hypothesis", "psutil", "ninja", "plotly", "pytest-xdist"];
 
 #[cfg(test)]
 mod tests {

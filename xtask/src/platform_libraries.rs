@@ -87,7 +87,7 @@ pub fn prepare(step: &Step, folder: &Path, glibc: Glibc, machine: &str) -> Resul
 }
 
 /// Where the compiler finds a library.
-fn compilers_file(name: &str) -> Result<PathBuf> {
+pub fn compilers_file(name: &str) -> Result<PathBuf> {
     let compiler = env::var_os("CXX").unwrap_or_else(|| tools::CXX.program.into());
     let answer = process::capture(Command::new(&compiler).arg(format!("-print-file-name={name}")))?;
     let path = PathBuf::from(answer.trim());

@@ -1,7 +1,8 @@
 //! `cargo xtask plugin`: the wheel `torch-uvm`, the allocator as a plug-in for stock PyTorch.
 //!
 //! It holds the Python package and one library for each minor version of PyTorch, compiled against that version's
-//! headers and linked against its `libc10.so` and `libc10_cuda.so`. Of each official wheel only these are fetched.
+//! headers and linked against its `libc10.so` and `libc10_cuda.so`. Of each official wheel only these are fetched. The
+//! simulator's libraries go with it, for `python -m torch_uvm simulate`.
 
 use std::collections::BTreeSet;
 use std::collections::btree_map::{BTreeMap, Entry};
@@ -26,6 +27,7 @@ use crate::platform_libraries::{self, PlatformLibraries};
 use crate::process;
 use crate::python::{Python, Venv};
 use crate::repack::WheelName;
+use crate::shipped_simulator;
 use crate::step::{Step, Steps};
 use crate::tools;
 use crate::tree;
@@ -39,6 +41,9 @@ const ENTRY_POINTS: &str = "[torch.backends]\ntorch_uvm = torch_uvm._activate:au
 /// Makes the wheel in the folder `out`, with a library for each of the releases. What did not change is kept.
 pub fn make(releases: &[&'static PluginRelease], out: &Path) -> Result<PathBuf> {
     tools::require(&tools::for_plugin())?;
+    if std::env::var_os("CC").is_none() {
+        tools::require(&[tools::CC])?;
+    }
     let python = Python::find(None)?;
     let machine = python.machine.as_str();
     let steps = Steps::new("plugin");
@@ -74,7 +79,16 @@ pub fn make(releases: &[&'static PluginRelease], out: &Path) -> Result<PathBuf> 
             check(step, plan, &library, &platform).with_context(|| format!("{} cannot be used", shown(&library)))
         })
     })?;
-    let wheel = steps.run("write the wheel", |step| write(step, &libraries, &build, machine, out))?;
+    let simulator = steps.run("compile the simulated CUDA libraries", |step| {
+        shipped_simulator::build(step, &folder.join("simulator"), &platform)
+    })?;
+    steps.run("check the simulated CUDA libraries", |step| {
+        simulator.iter().try_for_each(|file| {
+            shipped_simulator::check(step, file, &platform, PLATFORM)
+                .with_context(|| format!("{} cannot be used", shown(file)))
+        })
+    })?;
+    let wheel = steps.run("write the wheel", |step| write(step, &libraries, &build, &simulator, machine, out))?;
     steps.finish(shown(&wheel));
     Ok(wheel)
 }
@@ -206,12 +220,20 @@ fn may_export(name: &str, weak: bool) -> bool {
     name.starts_with(c_api::PREFIX) || weak && SHARED.iter().any(|prefix| name.starts_with(prefix))
 }
 
-fn write(step: &Step, plans: &[Plan], build: &Path, machine: &str, out: &Path) -> Result<PathBuf> {
+fn write(
+    step: &Step,
+    plans: &[Plan],
+    build: &Path,
+    simulator: &[PathBuf],
+    machine: &str,
+    out: &Path,
+) -> Result<PathBuf> {
     let mut files = package_files(&paths::root().join("python").join(PACKAGE))?;
-    for plan in plans {
-        let library = plan.result(build);
+    let adapters = plans.iter().map(|plan| ("lib", plan.result(build)));
+    for (folder, library) in adapters.chain(simulator.iter().map(|file| ("sim", file.clone()))) {
         let bytes = fs::read(&library).with_context(|| format!("cannot read {}", shown(&library)))?;
-        files.insert(format!("{PACKAGE}/lib/{}", plan.file_name()), bytes);
+        let name = library.file_name().unwrap_or_default().to_string_lossy();
+        files.insert(format!("{PACKAGE}/{folder}/{name}"), bytes);
     }
     let wheel = Wheel {
         name: WheelName {
@@ -268,7 +290,9 @@ fn metadata(numbers: &[u32]) -> Result<String> {
          Classifier: Programming Language :: Python :: 3\n\
          Classifier: Programming Language :: Rust\n\
          Requires-Python: >=3.9\n\
-         Requires-Dist: torch>={},<{}\n",
+         Requires-Dist: torch>={},<{}\n\
+         Provides-Extra: report\n\
+         Requires-Dist: plotly>=5.18; extra == \"report\"\n",
         env!("CARGO_PKG_VERSION"),
         version(first),
         version(&after),
@@ -299,6 +323,10 @@ mod tests {
         let text = metadata(&[206, 207, 215]).unwrap();
         assert!(text.contains("\nRequires-Dist: torch>=2.6,<2.16\n"), "{text}");
         assert!(text.contains(concat!("\nVersion: ", env!("CARGO_PKG_VERSION"), "\n")), "{text}");
+        assert!(
+            text.contains("\nProvides-Extra: report\nRequires-Dist: plotly>=5.18; extra == \"report\"\n"),
+            "{text}"
+        );
         assert!(metadata(&[]).is_err());
     }
 

@@ -19,10 +19,10 @@ use crate::tools;
 use crate::tree;
 
 #[path = "../../sim/capi/stubs/assemble.rs"]
-mod libraries;
+pub mod libraries;
 
 /// The simulator's cargo profile (`.cargo/config.toml`), and its folder under `target/`.
-const PROFILE: &str = "simulator";
+pub const PROFILE: &str = "simulator";
 
 /// The machines that the simulator has a profile of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]

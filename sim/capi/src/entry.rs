@@ -9,6 +9,7 @@ use torch_uvm_sim::SimError;
 use crate::error_logs;
 use crate::errors::{Code, code};
 use crate::log;
+use crate::report;
 
 /// Why an entry point fails: the number that CUDA returns, and for the log what the engine says.
 #[derive(Debug)]
@@ -47,7 +48,10 @@ thread_local! {
 
 fn run(name: &str, body: impl FnOnce() -> Outcome) -> Code {
     match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(Ok(())) => code::SUCCESS,
+        Ok(Ok(())) => {
+            report::after(name);
+            code::SUCCESS
+        }
         Ok(Err(Failure { code, detail, told })) => {
             // "Not ready" is an answer, not a failure.
             if code != code::NOT_READY {

@@ -27,5 +27,6 @@ mod nvml;
 mod ops;
 mod pools;
 mod properties;
+mod report;
 mod runtime;
 mod unsupported;

@@ -16,6 +16,7 @@ use crate::context;
 use crate::entry::Outcome;
 use crate::errors::code;
 use crate::log;
+use crate::report;
 
 /// A stream, event, graph … as C sees it.
 pub type Handle = *mut c_void;
@@ -51,6 +52,11 @@ pub fn is_used() -> bool {
     USED.load(Relaxed)
 }
 
+/// Whether this process is a child that was forked after CUDA's first use.
+pub fn is_orphaned() -> bool {
+    ORPHANED.load(Relaxed)
+}
+
 fn start() -> Option<Machine> {
     let config = match Config::from_env() {
         Ok(config) => config,
@@ -73,6 +79,7 @@ fn start() -> Option<Machine> {
             let _ = write_meminfo(file, memory);
         }
     });
+    report::start(&machine);
     Some(machine)
 }
 

@@ -90,6 +90,7 @@ entry_points! {
         cuThreadExchangeStreamCaptureMode = "cuThreadExchangeStreamCaptureMode"(*mut c_uint);
         cuEventCreate = "cuEventCreate"(*mut CUevent, c_uint);
         cuEventRecord = "cuEventRecord"(CUevent, CUstream);
+        cuStreamWaitEvent = "cuStreamWaitEvent"(CUstream, CUevent, c_uint);
         cuEventQuery = "cuEventQuery"(CUevent);
         cuEventSynchronize = "cuEventSynchronize"(CUevent);
         cuEventDestroy = "cuEventDestroy_v2"(CUevent);

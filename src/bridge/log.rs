@@ -1,0 +1,62 @@
+//! What the allocator tells of itself: `tracing` events, written to stderr where the environment asks for them.
+
+use crate::error::{Error, Result};
+use std::env;
+use std::io::stderr;
+use std::str::FromStr;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::prelude::*;
+
+/// Says what is written: a level, or levels by module.
+const VARIABLE: &str = "TORCH_UVM_LOG";
+
+/// Starts writing, if the environment asks for it. Calling it again does nothing.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for a value that is neither.
+pub(super) fn start() -> Result<()> {
+    let Some(wanted) = env::var(VARIABLE).ok().filter(|value| !value.trim().is_empty()) else { return Ok(()) };
+    let layer = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(stderr).with_filter(filter(&wanted)?);
+    // An error is that it was started before.
+    let _ = tracing_subscriber::registry().with(layer).try_init();
+    Ok(())
+}
+
+/// What a value lets through.
+fn filter(wanted: &str) -> Result<Targets> {
+    // A word that is no level would be taken for the name of a module.
+    let known = wanted.split(',').all(|item| item.contains('=') || LevelFilter::from_str(item.trim()).is_ok());
+    let parsed = Targets::from_str(wanted).ok().filter(|_| known);
+    parsed.ok_or_else(|| {
+        Error::InvalidArgument(format!(
+            "{VARIABLE}: '{wanted}' is not allowed: expected off, error, warn, info, debug or trace, or levels by module as in \
+             warn,torch_uvm::device=debug"
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tracing::Level;
+
+    #[test]
+    fn levels_and_modules_are_understood() {
+        let all = filter("debug").unwrap();
+        assert!(all.would_enable("torch_uvm::device", &Level::DEBUG));
+        assert!(!all.would_enable("torch_uvm::device", &Level::TRACE));
+        let some = filter("warn, torch_uvm::device=debug").unwrap();
+        assert!(some.would_enable("torch_uvm::device::places", &Level::DEBUG));
+        assert!(!some.would_enable("torch_uvm::bridge", &Level::DEBUG));
+        assert!(!filter("off").unwrap().would_enable("torch_uvm", &Level::ERROR));
+    }
+
+    #[test]
+    fn what_is_no_level_is_refused() {
+        for bad in ["verbose", "torch_uvm=loud", "debug,,"] {
+            let error = filter(bad).unwrap_err().to_string();
+            assert!(error.contains(VARIABLE) && error.contains(bad), "{error}");
+        }
+    }
+}
