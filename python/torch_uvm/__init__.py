@@ -5,7 +5,8 @@ The environment variable chooses the allocator, and nothing in a program changes
     export PYTORCH_CUDA_ALLOC_CONF='use_uvm:True,uvm_oversubscription_ratio:5.0,uvm_access_pattern:gpu_first'
 
 PyTorch loads this package by itself, at the end of `import torch`. What is here is for programs that want to know more
-(`is_enabled`, `config`, `memory_info`) or to put chosen tensors in a chosen place (`placement`, `MemPool`).
+(`is_enabled`, `config`, `memory_info`), to put chosen tensors in a chosen place (`placement`, `MemPool`), or to keep
+weights and optimizer state in host memory (`stream`, `offload_optimizer`).
 `python -m torch_uvm doctor` says what a machine is and what will work on it.
 
 Every process that imports PyTorch imports this module, with or without `use_uvm`: so it imports nothing before it is
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
     from ._activate import activate
     from ._library import MemoryInfo
+    from ._offload import offload_optimizer
     from ._pools import MemPool, empty_cache, placement
     from ._report import config, is_enabled, memory_info
+    from ._stream import stream
 
     __version__: str
 
@@ -34,7 +37,9 @@ __all__ = [
     "empty_cache",
     "is_enabled",
     "memory_info",
+    "offload_optimizer",
     "placement",
+    "stream",
 ]
 
 _HOMES = {
@@ -46,7 +51,9 @@ _HOMES = {
     "empty_cache": "_pools",
     "is_enabled": "_report",
     "memory_info": "_report",
+    "offload_optimizer": "_offload",
     "placement": "_pools",
+    "stream": "_stream",
 }
 
 
