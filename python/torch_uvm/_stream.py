@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Optional, get_args
+from typing import Any, Literal, Optional, Union, get_args
 
 import torch
 from torch import nn
@@ -120,6 +120,24 @@ class _Saved:
         self.offset = tensor.storage_offset() - weight.offset * weight.host.element_size() // tensor.element_size()
 
 
+class _SavedCast:
+    """The same for a tensor of another type that was made of a weight, as autocast does: it is made again."""
+
+    __slots__ = ("base", "offset", "saved", "shape", "stride")
+
+    def __init__(self, saved: _Saved, base: torch.Tensor, tensor: torch.Tensor) -> None:
+        #: The weight itself, and what was made of it.
+        self.saved = saved
+        self.base = base.dtype
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.offset = tensor.storage_offset()
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The tensor, from the weight."""
+        return torch.as_strided(weight.to(self.base), self.shape, self.stride, self.offset)
+
+
 class _Kept:
     """Any other tensor that autograd saves, and its version: hooks switch PyTorch's own check off."""
 
@@ -157,6 +175,8 @@ class _Hooks:
             return saved.tensor
         if type(saved) is _Saved:
             return self._stream._load(saved)
+        if type(saved) is _SavedCast:
+            return saved.of(self._stream._load(saved.saved))
         assert self._outer is not None
         return self._outer[1](saved[0])
 
@@ -548,11 +568,15 @@ class Stream:
                 )
         return stream
 
-    def _save(self, tensor: torch.Tensor) -> Optional[_Saved]:
-        """What to keep instead of a tensor in a slot; None for any other tensor."""
+    def _save(self, tensor: torch.Tensor) -> Union[_Saved, _SavedCast, None]:
+        """What to keep instead of a tensor in a slot, or of one that is a weight in another type; None for any other."""
         slots = self._slots
-        slot = slots.of(tensor) if slots is not None else None
-        if slot is None or slot.unit is None:
+        if slots is None:
+            return None
+        slot = slots.of(tensor)
+        if slot is None:
+            return self._save_cast(tensor, slots)
+        if slot.unit is None:
             return None
         unit = self._units[slot.unit]
         first = tensor.storage_offset() * tensor.element_size()
@@ -562,6 +586,18 @@ class Stream:
                 version = weight.parameter._version if weight.bound else slot.versions[number]
                 return _Saved(unit, weight, version, tensor)
         return None
+
+    def _save_cast(self, tensor: torch.Tensor, slots: Slots) -> Optional[_SavedCast]:
+        base = tensor._base if tensor._is_view() else tensor
+        made_by = None if base is None else base.grad_fn
+        if base is None or made_by is None or made_by.name() != "ToCopyBackward0" or base._version:
+            return None
+        parameter = getattr(made_by.next_functions[0][0], "variable", None)
+        if parameter is None or not base.is_cuda or base.stride() != parameter.stride() or base.storage_offset():
+            return None
+        slot = slots.of(parameter)
+        saved = self._save(parameter.detach()) if slot is not None else None
+        return _SavedCast(saved, base, tensor) if isinstance(saved, _Saved) else None
 
     def _load(self, saved: _Saved) -> torch.Tensor:
         """The weight once more, for the backward pass."""
