@@ -125,7 +125,8 @@ def _divide(
     children = [(child_name, child) for child_name, child in module.named_children()]
     with_parameters = [child for _, child in children if next(child.parameters(), None) is not None]
     is_container = isinstance(module, CONTAINERS)
-    if not is_container and (is_element or not with_parameters):
+    is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))  # they have no forward
+    if (is_element and not is_list) or not with_parameters:
         everything = list(module.parameters())
         size = sum(bytes_of(parameter) for parameter in everything)
         if not with_parameters or largest is None or size <= largest:

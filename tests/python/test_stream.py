@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import threading
+import types
 from typing import Any, Optional
 
 import pytest
@@ -123,7 +124,7 @@ def test_the_order_is_foretold() -> None:
     for unit in (1, 4, 2):
         order.note((unit, BACKWARD))
     same(order.upcoming(3, False), [0], "the end of the pass")
-    same(order.upcoming(3, True), [0, 4], "beyond it")
+    same(order.upcoming(3, True), [0, 4, 1], "beyond it")
     assert not order.note((2, BACKWARD)), "the same once more"
 
 
@@ -669,7 +670,8 @@ def test_autocast_keeps_no_copies() -> None:
     model = nn.Sequential(*(nn.Linear(SIDE, SIDE, bias=False) for _ in range(12)))
     with torch_uvm.stream(model, device_bytes=3 * UNIT):
         x = torch.ones(1, SIDE, device="cuda", requires_grad=True)
-        for cleared in range(2):
+        model(x).sum().backward()  # what libraries allocate once
+        for _ in range(2):
             before = torch.cuda.memory_allocated()
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 y = model(x)
@@ -727,13 +729,13 @@ def test_small_other_and_strange_parameters() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             same((self.a.stride(), self.b.stride()), ((1, SIDE), (512, 1, 256, 64)))
-            self.read = [copied(self.a.t()), copied(self.b), copied(self.c), self.d]
+            self.read = [copied(self.a.t()), copied(self.b.permute(0, 2, 3, 1)), copied(self.c), self.d]
             return x
 
     table = nn.Embedding(SIDE, SIDE)
     blocks = nn.ModuleList(Block() for _ in range(4))
     model = nn.ModuleDict({"table": table, "blocks": blocks, "norm": nn.LayerNorm(8)})
-    with torch_uvm.stream(model, device_bytes=8 * UNIT) as stream, torch.no_grad():
+    with torch_uvm.stream(model, device_bytes=7 * UNIT) as stream, torch.no_grad():
         found = stream.statistics()
         same((found.units, found.remote_bytes), (4, UNIT))
         for _ in range(2):
@@ -741,7 +743,7 @@ def test_small_other_and_strange_parameters() -> None:
                 block(ones())
                 a, b, c, d = block.read
                 check(a, 1)
-                check(b.cpu().contiguous().view(SIDE, SIDE), 2)
+                check(b.cpu().permute(0, 3, 1, 2).contiguous().view(SIDE, SIDE), 2)
                 same(c.tolist(), [0.0, 1.0, 2.0, 3.0, 4.0])
                 assert d.is_cuda
     assert all(parameter.is_cuda for parameter in model.parameters())
@@ -750,6 +752,9 @@ def test_small_other_and_strange_parameters() -> None:
 @on_device(uvm_only=True)
 def test_copies_and_pickles() -> None:
     """Of a model that streams do not stream."""
+    module = types.ModuleType(Layer.__module__)  # by whose name a pickle finds the class
+    vars(module).update(globals())
+    sys.modules[Layer.__module__] = module
     model = stack(5)
     with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream:
         buffer = io.BytesIO()
@@ -839,9 +844,9 @@ def test_what_is_refused() -> None:
             torch_uvm.stream(model[1:], device_bytes=3 * UNIT)
 
 
-@on_device("use_uvm:True,uvm_oversubscription_ratio:0.02", uvm_only=True)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_too_little_memory(device: str) -> None:
+@pytest.mark.parametrize(("device", "ratio"), [("cpu", 0.014), ("cuda", 0.02)])
+@on_device("use_uvm:True,uvm_oversubscription_ratio:{ratio}", uvm_only=True)
+def test_too_little_memory(device: str, ratio: float) -> None:
     """In the middle of it: everything is where it was, and the books balance."""
     model = stack(30, device)
     before = torch_uvm.memory_info()
