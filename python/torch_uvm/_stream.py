@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,6 +27,7 @@ Gradients = Literal["device", "host"]
 #: The share of the device memory that is left under the limit which `device_bytes=None` leaves to activations, gradients
 #: and everything else.
 RESERVE = 0.25
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class _Weight:
         self.bound = 0
         self.version = 0
 
+    def let_go(self) -> None:
+        """The host memory is not needed any more; what it looked like is."""
+        self.host = torch.empty_like(self.host, device="meta")
+        self.pointer = -1
+
     def in_slot(self, slot: Slot) -> torch.Tensor:
         """Its view in a slot."""
         return slot.view(self.host.dtype, self.host.shape, self.host.stride(), self.offset)
@@ -91,6 +98,7 @@ class _Unit:
         self.name = name
         #: All weights as bytes, laid out as in a slot.
         self.host = host
+        self.bytes = host.numel()
         self.weights = weights
         #: The slot that holds it.
         self.slot: Optional[Slot] = None
@@ -279,6 +287,8 @@ class Stream:
         self._device = torch.device("cuda", self._index)
         self._forwards: list[_Forward] = []
         self._units: list[_Unit] = []
+        #: What lies in host memory, group by group.
+        self._hosted: list[list[_Weight]] = []
         self._slots: Optional[Slots] = None
         self._order = Order(0)
         self._grads: Optional[_HostGradients] = None
@@ -294,8 +304,9 @@ class Stream:
         origins = {parameter: parameter.device for parameter in model.parameters()}
         try:
             self._attach(device_bytes, gradients)
-        except BaseException:
-            self._detach(origins)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold memory that is about to be given back
+            self._detach(origins, whole=False)
             raise
 
     # Attaching
@@ -373,7 +384,9 @@ class Stream:
         with torch.inference_mode(False), torch.no_grad():
             with placement("cpu_first", self._index):
                 host = torch.empty(found.bytes, dtype=torch.uint8, device=self._device)
-            weights, offset = [], 0
+            weights: list[_Weight] = []
+            self._hosted.append(weights)
+            offset = 0
             for parameter in found.parameters:
                 first = offset // parameter.element_size()
                 typed = host[offset : offset + bytes_of(parameter)].view(parameter.dtype)
@@ -483,7 +496,7 @@ class Stream:
                     continue  # the forward has put it elsewhere
                 version = parameter._version
                 if version != weight.version and slot is not None:
-                    with torch.no_grad():
+                    with torch.inference_mode(False), torch.no_grad():
                         weight.host.copy_(parameter.data, non_blocking=True)
                     slot.versions[number] = version
                     self._written += 1
@@ -551,7 +564,7 @@ class Stream:
         slot.unit, slot.versions, slot.used = unit.number, list(versions), 0
         unit.slot = slot
         self._fetches += 1
-        self._bytes += unit.host.numel()
+        self._bytes += unit.bytes
 
     def _invalidate(self, slot: Slot) -> None:
         if slot.unit is not None:
@@ -636,10 +649,13 @@ class Stream:
             torch.cuda.OutOfMemoryError: the weights do not fit. Nothing streams any more, and those that did not fit stay
                 in host memory, where the GPU reads them; calling it again goes on.
         """
-        self._detach({})
+        self._detach({}, whole=True)
 
-    def _detach(self, origins: dict[nn.Parameter, torch.device]) -> None:
-        """Undoes `_attach`, whatever part of it was done; moves parameters to where `origins` says."""
+    def _detach(self, origins: dict[nn.Parameter, torch.device], *, whole: bool) -> None:
+        """Undoes `_attach`, whatever part of it was done; moves parameters to where `origins` says, else to the device.
+
+        Without `whole` those that the device has no memory for stay in host memory, and that is no error.
+        """
         with self._lock:
             if any(unit.active for unit in self._units):
                 raise RuntimeError("torch_uvm.stream(): remove() while a forward of the model is running")
@@ -653,18 +669,32 @@ class Stream:
             if slots is not None:
                 torch.cuda.current_stream(self._index).wait_stream(slots.copies)
                 slots.drop_all()
-        with torch.inference_mode(False), torch.no_grad():
-            for parameter, device in origins.items():
-                if parameter.device != device:
-                    _repoint(parameter, parameter.data.to(device))
-            for unit in self._units:
-                for weight in unit.weights:
-                    if weight.parameter.data_ptr() == weight.pointer:
-                        data = torch.empty_like(weight.host).copy_(weight.host)
-                        _repoint(weight.parameter, data)
-                        weight.pointer = -1
-                if slots is not None:
+                for unit in self._units:
                     unit.host.record_stream(slots.copies)
+                    unit.host = torch.empty(0)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._bring_back(origins)
+        except torch.cuda.OutOfMemoryError:
+            if whole:
+                raise
+        empty_cache()
+
+    def _bring_back(self, origins: dict[nn.Parameter, torch.device]) -> None:
+        for parameter, device in origins.items():
+            if device.type == "cpu" and parameter.is_cuda:
+                _repoint(parameter, parameter.data.cpu())
+        released = 0
+        while self._hosted:
+            for weight in self._hosted[-1]:
+                if weight.parameter.data_ptr() == weight.pointer:
+                    _repoint(weight.parameter, _ordinary(weight.host))
+                released += bytes_of(weight.host)
+                weight.let_go()
+            self._hosted.pop()
+            if released > _GIB:  # so that the weights are not there twice
+                empty_cache()
+                released = 0
 
     def statistics(self) -> StreamStatistics:
         """What it has done until now."""
@@ -673,7 +703,7 @@ class Stream:
             return StreamStatistics(
                 units=self._candidates,
                 streamed_units=len(self._units),
-                streamed_bytes=sum(unit.host.numel() for unit in self._units),
+                streamed_bytes=sum(unit.bytes for unit in self._units),
                 resident_bytes=self._resident_bytes,
                 remote_bytes=self._remote_bytes,
                 slots=len(slots.all) if slots else 0,
@@ -728,6 +758,15 @@ class _HostGradients:
         for hook in self._hooks:
             hook.remove()
         self._kept.clear()
+
+
+def _ordinary(host: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of the default placement."""
+    try:
+        return torch.empty_like(host).copy_(host)
+    except torch.cuda.OutOfMemoryError:
+        empty_cache()  # what weights before this one have left in the host's pools
+        return torch.empty_like(host).copy_(host)
 
 
 def _sole_owner(tensor: torch.Tensor) -> bool:

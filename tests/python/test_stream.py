@@ -102,6 +102,11 @@ def check_read(model: nn.Module, seeds: Optional[list[int]] = None) -> None:
         check(layer.read, seeds[index] if seeds else index, f"layer {index}")
 
 
+def copies_first(stream: Any) -> None:
+    """Runs the copies that were enqueued, and of all else only what they wait for: one that waits for too little shows."""
+    stream._slots.copies.synchronize()
+
+
 # Pure decisions
 
 
@@ -208,6 +213,7 @@ def test_forward(mode: str, device: str) -> None:
         for _ in range(4):
             with context():
                 model(ones())
+            copies_first(stream)
             check_read(model)
         found = stream.statistics()
         same((found.units, found.streamed_units, found.slots), (10, 8, 3))
@@ -235,11 +241,14 @@ def test_across_passes() -> None:
                 layer.weight.copy_(contents(seed))
             model(ones())
         check_read(model, list(range(20, 28)))
-        model(ones())
-        for seed, layer in enumerate(model, 40):
-            layer.weight.data.copy_(contents(seed))
-        model(ones())
-        check_read(model, list(range(40, 48)))
+    few = stack(4)  # most of which are still in slots when the next pass begins
+    with torch_uvm.stream(few, device_bytes=3 * UNIT, across_passes=True):
+        for first in (40, 50, 60):
+            few(ones(True)).backward(ones())
+            for seed, layer in enumerate(few, first):
+                layer.weight.data.copy_(contents(seed))  # as a fused optimizer: its version stays
+            few(ones())
+            check_read(few, list(range(first, first + 4)))
 
 
 @on_device(uvm_only=True)
@@ -252,8 +261,6 @@ def test_the_memory() -> None:
     assert attached.populated_host - before.populated_host >= 13 * UNIT
     assert attached.allocated - before.allocated <= 3 * UNIT + 16 * 512
     stream.remove()
-    del stream
-    torch_uvm.empty_cache()
     after = torch_uvm.memory_info()
     same(after.populated_host, before.populated_host)
     same(after.allocated, before.allocated)
@@ -346,6 +353,39 @@ def test_a_view_that_is_kept() -> None:
             check_read(model)
         same(stream.statistics().slots, 3)
         stream.remove()
+
+
+@on_device(uvm_only=True)
+def test_a_view_that_is_kept_for_a_while() -> None:
+    """Its last use counts, not the end of the forward that it was made in."""
+    kept: list[torch.Tensor] = []
+
+    class Keeping(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept.append(self.weight.detach())
+            return x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Keeping(seed) for seed in range(8))
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            late = []
+            for layer in self.layers:
+                layer(x)
+                if len(kept) > 1:
+                    late.append(copied(kept.pop(0)))
+            return late
+
+    model = Model()
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream, torch.no_grad():
+        late = model(ones())
+        copies_first(stream)
+        same(len(late), 7)
+        for index, read in enumerate(late):
+            check(read, index)
+        kept.clear()
 
 
 @on_device(uvm_only=True)
@@ -444,38 +484,43 @@ def test_state_dict() -> None:
 def test_changes_between_passes() -> None:
     """Those that PyTorch counts and those that it does not, as fused optimizers make them."""
     model = stack(8)
-    with torch_uvm.stream(model, device_bytes=3 * UNIT):
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream:
         for seed in (10, 30, 50):
             model(ones(True)).sum().backward()
-            for index, layer in enumerate(model):
-                layer.weight.data.copy_(contents(seed + index))
+            made = [contents(seed + index).cuda() for index in range(8)]
+            for layer, weight in zip(model, made):
+                layer.weight.data.copy_(weight)  # later than this program goes on
             model(ones(True))
+            copies_first(stream)
             check_read(model, [seed + index for index in range(8)])
 
 
 @on_device(uvm_only=True)
-def test_changes_within_a_pass() -> None:
-    """Of a unit that is on its way already."""
-    model = stack(6)
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_changes_within_a_pass(ahead: int) -> None:
+    """Of a unit that is on its way already: the next one, one later."""
+    layers = stack(6)
+    made = [contents(60 + index).cuda() for index in range(6)]
 
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = model
+            self.layers = layers
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for index, layer in enumerate(self.layers):
-                with torch.no_grad():
-                    if index + 1 < len(self.layers):
-                        self.layers[index + 1].weight.copy_(contents(60 + index))
+                if index + ahead < len(self.layers):
+                    with torch.no_grad():
+                        self.layers[index + ahead].weight.copy_(made[index + ahead])
                 x = layer(x)
             return x
 
-    whole = Model()
-    with torch_uvm.stream(whole, device_bytes=3 * UNIT) as stream:
-        whole(ones())
-        check_read(model, [0, 60, 61, 62, 63, 64])
-        assert stream.statistics().stale > 0
+    model = Model()
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream:
+        model(ones())
+        copies_first(stream)
+        check_read(layers, [index if index < ahead else 60 + index for index in range(6)])
+        assert ahead == 2 or stream.statistics().stale > 0
 
 
 @on_device(uvm_only=True)
@@ -858,7 +903,9 @@ def test_too_little_memory(device: str, ratio: float) -> None:
     for index, layer in enumerate(model):
         check(layer.weight, index)
     assert not any("forward" in module.__dict__ for module in model.modules())
-    same(torch_uvm.memory_info().allocated, before.allocated)
+    after = torch_uvm.memory_info()
+    same(after.allocated, before.allocated)
+    same(after.populated_host, before.populated_host)
 
 
 def test_where_use_uvm_is_off() -> None:
