@@ -380,12 +380,13 @@ def test_a_view_that_is_kept_for_a_while() -> None:
 
     model = Model()
     with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream, torch.no_grad():
-        late = model(ones())
-        copies_first(stream)
-        same(len(late), 7)
-        for index, read in enumerate(late):
-            check(read, index)
-        kept.clear()
+        for _ in range(3):
+            late = model(ones())
+            copies_first(stream)
+            same(len(late), 7)
+            for index, read in enumerate(late):
+                check(read, index)
+            kept.clear()
 
 
 @on_device(uvm_only=True)
@@ -481,12 +482,16 @@ def test_state_dict() -> None:
 
 
 @on_device(uvm_only=True)
-def test_changes_between_passes() -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_changes_between_passes(trained: bool) -> None:
     """Those that PyTorch counts and those that it does not, as fused optimizers make them."""
     model = stack(8)
     with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream:
         for seed in (10, 30, 50):
-            model(ones(True)).sum().backward()
+            with torch.set_grad_enabled(trained):
+                y = model(ones(trained))
+            if trained:
+                y.backward(ones())
             made = [contents(seed + index).cuda() for index in range(8)]
             for layer, weight in zip(model, made):
                 layer.weight.data.copy_(weight)  # later than this program goes on
@@ -665,39 +670,32 @@ def test_hooks_around_are_asked() -> None:
         same(saved[0], "packed")
         return saved[1]
 
-    class Squares(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = Layer(5)
-
+    class Squares(Layer):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(x) ** 2
+            return super().forward(x) ** 2
 
-    model = nn.Sequential(*model, Squares())
+    model = nn.Sequential(*model, Squares(5))
     with torch_uvm.stream(model, device_bytes=3 * UNIT):
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             y = model(ones(True))
         same([tuple(tensor.shape) for tensor in seen], [(4,)])
         y.backward(ones())
-        check(model[4].layer.weight.grad, 5)
+        check(model[4].weight.grad, 5)
 
 
 @on_device(uvm_only=True)
 def test_changes_before_the_backward_pass() -> None:
     """PyTorch's error for weights and for anything else that was changed in place."""
 
-    class Product(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = Layer(5)
-            self.between: Optional[torch.Tensor] = None
+    class Product(Layer):
+        between: Optional[torch.Tensor] = None
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.between = self.layer(x)
+            self.between = super().forward(x)
             return self.between.exp() * self.between
 
     for changed in ("weight", "activation"):
-        model = nn.Sequential(*stack(4), Product())
+        model = nn.Sequential(*stack(4), Product(5))
         with torch_uvm.stream(model, device_bytes=3 * UNIT):
             y = model(ones(True))
             with torch.no_grad():
