@@ -64,12 +64,13 @@ class Managed:
             self._torch.cuda.synchronize()
             self._call("cudaFree", pointer)
 
-    def prefetch(self, pointer: ctypes.c_void_p, size: int) -> None:
-        """To the current device, on the current stream."""
+    def prefetch(self, pointer: ctypes.c_void_p, size: int, *, to_host: bool = False) -> None:
+        """To the current device, or to the host, on the current stream."""
         stream = ctypes.c_void_p(self._torch.cuda.current_stream().cuda_stream)
-        device = self._torch.cuda.current_device()
+        device = -1 if to_host else self._torch.cuda.current_device()  # cudaCpuDeviceId
         if self._major >= 13:
-            location = _Location(1, device)  # cudaMemLocationTypeDevice
+            # cudaMemLocationTypeHost, cudaMemLocationTypeDevice
+            location = _Location(2, 0) if to_host else _Location(1, device)
             self._call("cudaMemPrefetchAsync", pointer, ctypes.c_size_t(size), location, ctypes.c_uint(0), stream)
         else:
             self._call("cudaMemPrefetchAsync", pointer, ctypes.c_size_t(size), ctypes.c_int(device), stream)

@@ -9,6 +9,9 @@ PyTorch loads this package by itself, at the end of `import torch`. What is here
 `MemPool`), or to say where they should be when (`prefetch`, `advise`, `discard`).
 `python -m torch_uvm doctor` says what a machine is and what will work on it, `report` makes a page of a memory snapshot, and
 `simulate` runs a program on a machine without a GPU and says where its memory was.
+(`is_enabled`, `config`, `memory_info`), to put chosen tensors in a chosen place (`placement`, `MemPool`), or to keep
+weights and optimizer state in host memory (`stream`, `offload_optimizer`).
+`python -m torch_uvm doctor` says what a machine is and what will work on it.
 
 Every process that imports PyTorch imports this module, with or without `use_uvm`: so it imports nothing before it is
 asked.
@@ -22,10 +25,12 @@ if TYPE_CHECKING:
 
     from ._activate import activate
     from ._hints import advise, discard, prefetch
+    from ._offload import offload_optimizer
     from ._pools import MemPool, empty_cache, placement
     from ._records import MemoryInfo, PlaceStats
     from ._report import config, is_enabled, memory_info, statistics
     from ._snapshot import dump_snapshot
+    from ._stream import stream
 
     __version__: str
 
@@ -42,9 +47,11 @@ __all__ = [
     "empty_cache",
     "is_enabled",
     "memory_info",
+    "offload_optimizer",
     "placement",
     "prefetch",
     "statistics",
+    "stream",
 ]
 
 _HOMES = {
@@ -60,9 +67,11 @@ _HOMES = {
     "empty_cache": "_pools",
     "is_enabled": "_report",
     "memory_info": "_report",
+    "offload_optimizer": "_offload",
     "placement": "_pools",
     "prefetch": "_hints",
     "statistics": "_report",
+    "stream": "_stream",
 }
 
 

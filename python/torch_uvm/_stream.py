@@ -1,0 +1,863 @@
+"""Weights that lie in host memory and are copied to the device ahead of their use."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Optional, Union, get_args
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ._library import size as in_words
+from ._order import BACKWARD, FORWARD, START, Order
+from ._plan import Choice, Group, Groups, aligned, bytes_of, choose, group
+from ._pools import empty_cache, placement
+from ._report import device_index, enabled_library, memory_info
+from ._slots import Slot, Slots
+
+#: Where gradients of weights that stream are kept.
+Gradients = Literal["device", "host"]
+#: The share of the device memory that is left under the limit which `device_bytes=None` leaves to activations, gradients
+#: and everything else.
+RESERVE = 0.25
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class StreamStatistics:
+    """What a stream has done since it was made."""
+
+    units: int
+    """Groups of weights that could stream."""
+    streamed_units: int
+    """Of them those that do."""
+    streamed_bytes: int
+    """Bytes of weights that stream: in host memory."""
+    resident_bytes: int
+    """Bytes of weights that stay on the device."""
+    remote_bytes: int
+    """Bytes of weights that neither stream nor stay: in host memory, read where they lie."""
+    slots: int
+    """Slots in device memory now."""
+    slot_bytes: int
+    """Bytes of each."""
+    fetches: int
+    """Copies of a unit into a slot."""
+    bytes_copied: int
+    """Bytes of these copies."""
+    hits: int
+    """Uses of a unit that was in a slot, or on its way."""
+    misses: int
+    """Uses of a unit whose copy was only begun then."""
+    stale: int
+    """Copies that were dropped unused because the weights had changed since, or another pass had begun."""
+    written_back: int
+    """Weights that a forward changed in place, and that were copied back."""
+    replaced_slots: int
+    """Slots that were made anew because somebody held a view into the old one."""
+
+
+class _Weight:
+    """A parameter that streams."""
+
+    __slots__ = ("bound", "host", "offset", "parameter", "pointer", "version")
+
+    def __init__(self, parameter: nn.Parameter, host: torch.Tensor, offset: int) -> None:
+        self.parameter = parameter
+        #: Its place in host memory.
+        self.host = host
+        self.pointer = host.data_ptr()
+        #: In elements, in the unit's host memory and in a slot alike.
+        self.offset = offset
+        #: Whether `parameter.data` is in a slot, and the address and version that it then had.
+        self.bound = 0
+        self.version = 0
+
+    def let_go(self) -> None:
+        """The host memory is not needed any more; what it looked like is."""
+        self.host = torch.empty_like(self.host, device="meta")
+        self.pointer = -1
+
+    def in_slot(self, slot: Slot) -> torch.Tensor:
+        """Its view in a slot."""
+        return slot.view(self.host.dtype, self.host.shape, self.host.stride(), self.offset)
+
+
+class _Unit:
+    """Weights that are fetched together."""
+
+    def __init__(self, number: int, name: str, host: torch.Tensor, weights: list[_Weight]) -> None:
+        self.number = number
+        self.name = name
+        #: All weights as bytes, laid out as in a slot.
+        self.host = host
+        self.bytes = host.numel()
+        self.weights = weights
+        #: The slot that holds it.
+        self.slot: Optional[Slot] = None
+        #: How many forwards are using it now.
+        self.active = 0
+        #: The weights' versions at the last fetch.
+        self.versions: list[int] = []
+
+    def now(self) -> list[int]:
+        """The weights' versions."""
+        return [weight.parameter._version for weight in self.weights]
+
+
+class _Saved:
+    """What autograd keeps instead of a view of a slot: which weight, and how it was seen."""
+
+    __slots__ = ("dtype", "offset", "shape", "stride", "unit", "version", "weight")
+
+    def __init__(self, unit: _Unit, weight: _Weight, version: int, tensor: torch.Tensor) -> None:
+        self.unit = unit
+        self.weight = weight
+        self.version = version
+        self.dtype = tensor.dtype
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        #: From the weight's first byte, in elements of the tensor's type.
+        self.offset = tensor.storage_offset() - weight.offset * weight.host.element_size() // tensor.element_size()
+
+
+class _SavedCast:
+    """The same for a tensor of another type that was made of a weight, as autocast does: it is made again."""
+
+    __slots__ = ("base", "offset", "saved", "shape", "stride")
+
+    def __init__(self, saved: _Saved, base: torch.Tensor, tensor: torch.Tensor) -> None:
+        #: The weight itself, and what was made of it.
+        self.saved = saved
+        self.base = base.dtype
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.offset = tensor.storage_offset()
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The tensor, from the weight."""
+        return torch.as_strided(weight.to(self.base), self.shape, self.stride, self.offset)
+
+
+class _Kept:
+    """Any other tensor that autograd saves, and its version: hooks switch PyTorch's own check off."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        # Without the graph: a tensor saved by the function that made it would keep itself alive.
+        self.tensor = tensor.detach()
+        self.version = tensor._version
+
+
+class _Hooks:
+    """The saved-tensor hooks of one forward. Only the innermost hooks are asked, so they ask those around them."""
+
+    __slots__ = ("_outer", "_stream")
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """Keeps no view of a slot."""
+        saved = self._stream._save(tensor)
+        if saved is not None:
+            return saved
+        if self._outer is not None:
+            return (self._outer[0](tensor),)
+        return _Kept(tensor)
+
+    def unpack(self, saved: Any) -> Any:
+        """The tensor again."""
+        if type(saved) is _Kept:
+            if saved.tensor._version != saved.version:
+                raise RuntimeError(_modified(saved.tensor, saved.version, saved.tensor._version))
+            return saved.tensor
+        if type(saved) is _Saved:
+            return self._stream._load(saved)
+        if type(saved) is _SavedCast:
+            return saved.of(self._stream._load(saved.saved))
+        assert self._outer is not None
+        return self._outer[1](saved[0])
+
+
+def _modified(tensor: torch.Tensor, saved: int, now: int) -> str:
+    """As PyTorch says it."""
+    return (
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{tensor.type()} {list(tensor.shape)}] is at version {now}; expected version {saved} instead"
+    )
+
+
+class _Forward:
+    """Stands in for a module's forward."""
+
+    def __init__(self, stream: Stream, module: nn.Module, units: list[_Unit]) -> None:
+        self._stream: Optional[Stream] = stream
+        self._module = module
+        self._units = units
+        self._own = module.__dict__.get("forward")
+        self._forward: Callable[..., Any] = module.forward
+        functools.update_wrapper(self, self._forward)
+        module.__dict__["forward"] = self
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        stream = self._stream
+        if stream is None:
+            return self._forward(*arguments, **named)
+        _tell_dynamo()
+        stream._enter(self._units)
+        try:
+            if not torch.is_grad_enabled():
+                return self._forward(*arguments, **named)
+            hooks = _Hooks(stream)
+            with saved_tensors_hooks(hooks.pack, hooks.unpack):
+                return self._forward(*arguments, **named)
+        finally:
+            stream._leave(self._units)
+
+    def restore(self) -> None:
+        """Puts the module's own back. Where somebody has wrapped this one meanwhile, it stays and does nothing."""
+        self._stream = None
+        if self._module.__dict__.get("forward") is not self:
+            return
+        if self._own is None:
+            del self._module.__dict__["forward"]
+        else:
+            self._module.__dict__["forward"] = self._own
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles of the module have the module's own forward: their weights do not stream."""
+        return getattr, (self._module, "forward")
+
+
+class _Pass(_Forward):
+    """Stands in for the forward of the whole model: a pass begins."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        stream = self._stream
+        if stream is None:
+            return self._forward(*arguments, **named)
+        _tell_dynamo()
+        stream._begin()
+        try:
+            return self._forward(*arguments, **named)
+        finally:
+            stream._end()
+
+
+#: What torch.compile is to run as it is, while it compiles what is called there.
+_PLAIN = (_Forward.__call__, _Pass.__call__)
+_told_dynamo = False
+for _function in _PLAIN:
+    _function._torchdynamo_disable = True  # type: ignore[attr-defined]  # not inlined into a caller's graph
+
+
+def _tell_dynamo() -> None:
+    """Keeps those functions themselves from being compiled. torch._dynamo takes seconds to import: only if it is there."""
+    global _told_dynamo
+    if _told_dynamo:
+        return
+    skip = getattr(sys.modules.get("torch._dynamo.decorators"), "skip", None)
+    if skip is not None:
+        for function in _PLAIN:
+            skip(function)
+        _told_dynamo = True
+
+
+class Stream:
+    """A model whose weights stream: what `stream` returns. A context manager that ends with `remove`."""
+
+    def __init__(
+        self, model: nn.Module, ahead: int, device_bytes: Optional[int], gradients: Gradients, across_passes: bool
+    ) -> None:
+        self._model = model
+        self._ahead = ahead
+        self._across = across_passes
+        self._lock = threading.RLock()
+        self._index = _device_of(model)
+        self._device = torch.device("cuda", self._index)
+        self._forwards: list[_Forward] = []
+        self._units: list[_Unit] = []
+        #: What lies in host memory, group by group.
+        self._hosted: list[list[_Weight]] = []
+        self._slots: Optional[Slots] = None
+        self._order = Order(0)
+        self._grads: Optional[_HostGradients] = None
+        self._removed = False
+        # Of the pass that runs.
+        self._depth = 0
+        self._seen: set[int] = set()
+        self._trained = False
+        self._clock = 0
+        # Statistics.
+        self._resident_bytes = self._remote_bytes = self._candidates = 0
+        self._fetches = self._bytes = self._hits = self._misses = self._stale = self._written = 0
+        origins = {parameter: parameter.device for parameter in model.parameters()}
+        try:
+            self._attach(device_bytes, gradients)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold memory that is about to be given back
+            self._detach(origins, whole=False)
+            raise
+
+    # Attaching
+
+    def _attach(self, device_bytes: Optional[int], gradients: Gradients) -> None:
+        wanted = memory_info(self._index).device_limit if device_bytes is None else device_bytes
+        groups = group(self._model, largest=max(1, wanted // (2 * (self._ahead + 1))))
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_cuda:
+                    module._buffers[name] = buffer.to(self._device)
+        choice = None if device_bytes is None else self._choose(groups, device_bytes)
+        # One after the other, so that never more than one unit is on the device beside what stays there. Where it is not
+        # known yet what may stay, everything goes to the host first: only then do the books say what others hold.
+        hosts: dict[int, tuple[torch.Tensor, list[_Weight]]] = {}
+        for index, unit in enumerate(groups.units):
+            if choice is None or index not in choice.resident:
+                hosts[index] = self._to_host(unit)
+        for index, other in enumerate(groups.others):
+            if choice is None or index not in choice.others:
+                self._to_host(other)
+        empty_cache()
+        if choice is None:
+            choice = self._choose(groups, None)
+        if choice.slots:
+            self._slots = Slots(choice.slots, choice.slot_bytes, self._index)
+        for small in groups.small:
+            self._to_device(small, move=False)
+        for index, other in enumerate(groups.others):
+            if index in choice.others:
+                self._to_device(other)
+            else:
+                self._remote_bytes += other.bytes
+        by_module: dict[nn.Module, list[_Unit]] = {}
+        for index, found in enumerate(groups.units):
+            if index in choice.resident:
+                hosts.pop(index, None)
+                self._to_device(found)
+                continue
+            unit = _Unit(len(self._units), found.name, *hosts.pop(index))
+            self._units.append(unit)
+            for module in found.modules:
+                by_module.setdefault(module, []).append(unit)
+        empty_cache()
+        self._candidates = len(groups.units)
+        self._order = Order(len(self._units))
+        if gradients == "host":
+            self._grads = _HostGradients([weight.parameter for unit in self._units for weight in unit.weights])
+        if self._units:
+            if self._model not in by_module:
+                self._forwards.append(_Pass(self, self._model, []))
+            self._forwards += [_Forward(self, module, units) for module, units in by_module.items()]
+
+    def _choose(self, groups: Groups, device_bytes: Optional[int]) -> Choice:
+        given = device_bytes is not None
+        if device_bytes is None:
+            info = memory_info(self._index)
+            device_bytes = int(max(0, info.device_limit - info.populated_device) * (1 - RESERVE))
+        choice = choose(groups, device_bytes, self._ahead)
+        if choice is not None:
+            return choice
+        smallest = min((unit.bytes for unit in groups.units), default=0)
+        small = sum(small.bytes for small in groups.small)
+        text = (
+            f"{in_words(device_bytes)} of device memory is too little for this model's weights to stream {self._ahead} "
+            f"ahead: {self._ahead + 1} slots, of at least {in_words(smallest)} each, and {in_words(small)} of small "
+            "weights must fit, beside the units that are larger than a slot"
+        )
+        if given:
+            raise ValueError(f"device_bytes: {text}")
+        raise RuntimeError(f"torch_uvm.stream(): {text}. Set uvm_device_limit_mb higher, or device_bytes")
+
+    def _to_host(self, found: Group) -> tuple[torch.Tensor, list[_Weight]]:
+        """Moves a group's parameters into one piece of host memory."""
+        with torch.inference_mode(False), torch.no_grad():
+            with placement("cpu_first", self._index):
+                host = torch.empty(found.bytes, dtype=torch.uint8, device=self._device)
+            weights: list[_Weight] = []
+            self._hosted.append(weights)
+            offset = 0
+            for parameter in found.parameters:
+                first = offset // parameter.element_size()
+                typed = host[offset : offset + bytes_of(parameter)].view(parameter.dtype)
+                view = torch.as_strided(typed, parameter.shape, _strides(parameter), first)
+                view.copy_(parameter.data)
+                _repoint(parameter, view)
+                weights.append(_Weight(parameter, view, first))
+                offset += aligned(bytes_of(parameter))
+        return host, weights
+
+    def _to_device(self, found: Group, move: bool = True) -> None:
+        """Moves a group's parameters into plain device memory; without `move` those that are not on the device."""
+        with torch.inference_mode(False), torch.no_grad(), placement("device", self._index):
+            for parameter in found.parameters:
+                if not move and parameter.is_cuda:
+                    continue
+                _repoint(parameter, torch.empty_like(parameter.data, device=self._device).copy_(parameter.data))
+        self._resident_bytes += found.bytes
+
+    # In use
+
+    def _begin(self) -> None:
+        """A forward of the whole model begins."""
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1 and torch._C._current_graph_task_id() == -1:
+                self._begin_pass(torch.cuda.current_stream(self._index))
+
+    def _end(self) -> None:
+        with self._lock:
+            self._depth -= 1
+
+    def _begin_pass(self, stream: torch.cuda.Stream) -> None:
+        """From here on weights may be others than before, without their versions telling.
+
+        Fused optimizers and whatever writes through `.data` leave a parameter's version as it is. So copies of the last
+        pass are not used again, and new ones are ordered behind all that the program has enqueued.
+        """
+        assert self._slots is not None
+        self._seen.clear()
+        self._order.note(START)
+        if not self._across or self._trained:
+            for slot in self._slots.all:
+                if slot.unit is not None and not self._units[slot.unit].active:
+                    self._stale += slot.used == 0
+                    self._invalidate(slot)
+            self._slots.copies.wait_stream(stream)
+        self._trained = False
+
+    def _enter(self, units: list[_Unit]) -> None:
+        """A forward begins that uses these units: the current stream waits until they are on the device."""
+        stream = self._stream_of_caller()
+        with self._lock:
+            if self._removed or self._slots is None:
+                return
+            entered = []
+            try:
+                for unit in units:
+                    in_backward = torch._C._current_graph_task_id() != -1
+                    if not self._depth and not in_backward and unit.number in self._seen:
+                        self._begin_pass(stream)
+                    self._seen.add(unit.number)
+                    self._trained |= torch.is_grad_enabled()
+                    self._demand(unit, FORWARD, stream)
+                    self._bind(unit)
+                    entered.append(unit)
+                self._prefetch(stream, units)
+            except BaseException:
+                self._unbind(entered)
+                raise
+
+    def _leave(self, units: list[_Unit]) -> None:
+        """The forward has ended, however."""
+        with self._lock:
+            self._unbind(units)
+        if units and torch.is_autocast_enabled("cuda"):
+            # It keeps a copy of each weight that it has converted, on the device.
+            torch.clear_autocast_cache()
+
+    def _bind(self, unit: _Unit) -> None:
+        unit.active += 1
+        if unit.active > 1:
+            return
+        assert unit.slot is not None
+        for weight in unit.weights:
+            parameter = weight.parameter
+            if parameter.data_ptr() != weight.pointer:
+                continue  # the program has put it elsewhere: it is used where it is
+            view = weight.in_slot(unit.slot)
+            parameter.data = view
+            weight.bound, weight.version = view.data_ptr(), parameter._version
+
+    def _unbind(self, units: list[_Unit]) -> None:
+        for unit in units:
+            if not unit.active:
+                continue  # removed, or never entered
+            unit.active -= 1
+            if unit.active:
+                continue
+            slot = unit.slot
+            for number, weight in enumerate(unit.weights):
+                if not weight.bound:
+                    continue
+                parameter, bound = weight.parameter, weight.bound
+                weight.bound = 0
+                if parameter.data_ptr() != bound:
+                    continue  # the forward has put it elsewhere
+                version = parameter._version
+                if version != weight.version and slot is not None:
+                    with torch.inference_mode(False), torch.no_grad():
+                        weight.host.copy_(parameter.data, non_blocking=True)
+                    slot.versions[number] = version
+                    self._written += 1
+                parameter.data = weight.host
+            if slot is not None:
+                slot.settle()
+        if self._slots is not None:
+            self._slots.trim()
+
+    def _demand(self, unit: _Unit, phase: str, stream: torch.cuda.Stream) -> Slot:
+        """The slot with the unit, on which `stream` waits."""
+        assert self._slots is not None
+        self._slots.settle()
+        self._clock += 1
+        new = self._order.note((unit.number, phase))
+        slot = unit.slot
+        if slot is not None and not unit.active and slot.versions != unit.now():
+            self._stale += 1
+            self._invalidate(slot)
+            slot = None
+        if slot is None:
+            slot = self._slots.spare((unit.number, *self._order.upcoming(self._ahead, self._looks_across())))
+            if slot is None:
+                slot = self._slots.spare(())
+            if slot is None:
+                slot = self._slots.replace(lambda slot: slot.unit is not None and self._units[slot.unit].active > 0)
+            self._fetch(unit, slot, stream)
+            self._misses += 1
+        else:
+            self._hits += new
+        slot.used = self._clock
+        slot.hand_out(stream)
+        return slot
+
+    def _prefetch(self, stream: torch.cuda.Stream, using: list[_Unit]) -> None:
+        """Begins to copy the units that will be used next, as far as there are slots."""
+        assert self._slots is not None
+        upcoming = self._order.upcoming(self._ahead, self._looks_across())
+        keep = {*upcoming, *(unit.number for unit in using)}
+        for number in upcoming:
+            unit = self._units[number]
+            if unit.slot is not None:
+                if unit.active or unit.slot.versions == unit.now():
+                    continue
+                self._stale += 1
+                self._invalidate(unit.slot)
+            slot = self._slots.spare(keep)
+            if slot is None:
+                return
+            self._fetch(unit, slot, stream)
+
+    def _looks_across(self) -> bool:
+        return self._across and not self._trained
+
+    def _fetch(self, unit: _Unit, slot: Slot, stream: torch.cuda.Stream) -> None:
+        assert self._slots is not None
+        if slot.unit is not None:
+            self._invalidate(slot)
+        versions = unit.now()
+        if versions != unit.versions:
+            # Written since the last time, by work that the program has enqueued.
+            self._slots.copies.wait_stream(stream)
+        unit.versions = versions
+        slot.fill(unit.host, self._slots.copies)
+        slot.unit, slot.versions, slot.used = unit.number, list(versions), 0
+        unit.slot = slot
+        self._fetches += 1
+        self._bytes += unit.bytes
+
+    def _invalidate(self, slot: Slot) -> None:
+        if slot.unit is not None:
+            self._units[slot.unit].slot = None
+        slot.unit = None
+
+    def _stream_of_caller(self) -> torch.cuda.Stream:
+        stream = torch.cuda.current_stream(self._index)
+        with torch.cuda.device(self._index):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "torch_uvm.stream(): a CUDA graph is being captured, and a graph cannot hold weights that move "
+                    "between slots. Call remove() before the capture, or capture nothing of this model"
+                )
+        return stream
+
+    def _save(self, tensor: torch.Tensor) -> Union[_Saved, _SavedCast, None]:
+        """What to keep instead of a tensor in a slot, or of one that is a weight in another type; None for any other."""
+        slots = self._slots
+        if slots is None:
+            return None
+        slot = slots.of(tensor)
+        if slot is None:
+            return self._save_cast(tensor, slots)
+        if slot.unit is None:
+            return None
+        unit = self._units[slot.unit]
+        first = tensor.storage_offset() * tensor.element_size()
+        for number, weight in enumerate(unit.weights):
+            begin = weight.offset * weight.host.element_size()
+            if begin <= first < begin + max(1, bytes_of(weight.host)):
+                version = weight.parameter._version if weight.bound else slot.versions[number]
+                return _Saved(unit, weight, version, tensor)
+        return None
+
+    def _save_cast(self, tensor: torch.Tensor, slots: Slots) -> Optional[_SavedCast]:
+        base = tensor._base if tensor._is_view() else tensor
+        made_by = None if base is None else base.grad_fn
+        if base is None or made_by is None or made_by.name() != "ToCopyBackward0" or base._version:
+            return None
+        parameter = getattr(made_by.next_functions[0][0], "variable", None)
+        if parameter is None or not base.is_cuda or base.stride() != parameter.stride() or base.storage_offset():
+            return None
+        slot = slots.of(parameter)
+        saved = self._save(parameter.detach()) if slot is not None else None
+        return _SavedCast(saved, base, tensor) if isinstance(saved, _Saved) else None
+
+    def _load(self, saved: _Saved) -> torch.Tensor:
+        """The weight once more, for the backward pass."""
+        unit, weight = saved.unit, saved.weight
+        version = weight.parameter._version
+        if version != saved.version:
+            raise RuntimeError(_modified(weight.host, saved.version, version))
+        itemsize = saved.dtype.itemsize
+        with self._lock:
+            if not self._removed and self._slots is not None and self._in_place(weight):
+                stream = self._stream_of_caller()
+                slot = self._demand(unit, BACKWARD, stream)
+                offset = weight.offset * weight.host.element_size() // itemsize + saved.offset
+                view = slot.view(saved.dtype, saved.shape, saved.stride, offset)
+                self._prefetch(stream, [unit])
+                return view
+        # No longer ours: it is read where it is.
+        data = weight.parameter.detach()
+        if data.dtype != saved.dtype:
+            data = data.view(saved.dtype)
+        return torch.as_strided(data, saved.shape, saved.stride, data.storage_offset() + saved.offset)
+
+    @staticmethod
+    def _in_place(weight: _Weight) -> bool:
+        return weight.parameter.data_ptr() in (weight.pointer, weight.bound)
+
+    # The end
+
+    def remove(self) -> None:
+        """Ends it: the weights are ordinary CUDA tensors again, placed as `uvm_access_pattern` says, unit by unit.
+
+        Graphs of forwards that have run can still be gone back through. Calling it again changes nothing.
+
+        Raises:
+            RuntimeError: a forward of the model is running.
+            torch.cuda.OutOfMemoryError: the weights do not fit. Nothing streams any more, and those that did not fit stay
+                in host memory, where the GPU reads them; calling it again goes on.
+        """
+        self._detach({}, whole=True)
+
+    def _detach(self, origins: dict[nn.Parameter, torch.device], *, whole: bool) -> None:
+        """Undoes `_attach`, whatever part of it was done; moves parameters to where `origins` says, else to the device.
+
+        Without `whole` those that the device has no memory for stay in host memory, and that is no error.
+        """
+        with self._lock:
+            if any(unit.active for unit in self._units):
+                raise RuntimeError("torch_uvm.stream(): remove() while a forward of the model is running")
+            self._removed = True
+            while self._forwards:
+                self._forwards.pop().restore()
+            if self._grads is not None:
+                self._grads.remove()
+                self._grads = None
+            slots, self._slots = self._slots, None
+            if slots is not None:
+                torch.cuda.current_stream(self._index).wait_stream(slots.copies)
+                slots.drop_all()
+                for unit in self._units:
+                    unit.host.record_stream(slots.copies)
+                    unit.host = torch.empty(0)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._bring_back(origins)
+        except torch.cuda.OutOfMemoryError:
+            if whole:
+                raise
+        empty_cache()
+
+    def _bring_back(self, origins: dict[nn.Parameter, torch.device]) -> None:
+        for parameter, device in origins.items():
+            if device.type == "cpu" and parameter.is_cuda:
+                _repoint(parameter, parameter.data.cpu())
+        released = 0
+        while self._hosted:
+            for weight in self._hosted[-1]:
+                if weight.parameter.data_ptr() == weight.pointer:
+                    _repoint(weight.parameter, _ordinary(weight.host))
+                released += bytes_of(weight.host)
+                weight.let_go()
+            self._hosted.pop()
+            if released > _GIB:  # so that the weights are not there twice
+                empty_cache()
+                released = 0
+
+    def statistics(self) -> StreamStatistics:
+        """What it has done until now."""
+        with self._lock:
+            slots = self._slots
+            return StreamStatistics(
+                units=self._candidates,
+                streamed_units=len(self._units),
+                streamed_bytes=sum(unit.bytes for unit in self._units),
+                resident_bytes=self._resident_bytes,
+                remote_bytes=self._remote_bytes,
+                slots=len(slots.all) if slots else 0,
+                slot_bytes=slots.all[0].buffer.numel() if slots and slots.all else 0,
+                fetches=self._fetches,
+                bytes_copied=self._bytes,
+                hits=self._hits,
+                misses=self._misses,
+                stale=self._stale,
+                written_back=self._written,
+                replaced_slots=slots.replaced if slots else 0,
+            )
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self.remove()
+
+
+class _HostGradients:
+    """Moves each gradient into host memory as soon as it is complete."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._kept: dict[nn.Parameter, torch.Tensor] = {}
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._moved)
+            for parameter in parameters
+            if parameter.requires_grad
+        ]
+
+    def _moved(self, parameter: torch.Tensor) -> None:
+        grad = parameter.grad
+        if grad is None or grad.layout != torch.strided or grad.requires_grad:
+            return  # sparse ones are small; one with a graph (create_graph) is part of it
+        kept = self._kept.get(parameter)  # type: ignore[call-overload]
+        if kept is not None and grad.data_ptr() == kept.data_ptr():
+            return
+        storage = None if kept is None else kept.untyped_storage()
+        if kept is None or kept.dtype != grad.dtype or kept.shape != grad.shape or not _sole_owner(kept):
+            with placement("cpu_first", grad.device):
+                kept = torch.empty_like(grad)
+            self._kept[parameter] = kept  # type: ignore[index]
+        del storage
+        kept.copy_(grad, non_blocking=True)
+        parameter.grad = kept.view_as(kept)
+
+    def remove(self) -> None:
+        """No more of this. Gradients stay where they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._kept.clear()
+
+
+def _ordinary(host: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of the default placement."""
+    try:
+        return torch.empty_like(host).copy_(host)
+    except torch.cuda.OutOfMemoryError:
+        empty_cache()  # what weights before this one have left in the host's pools
+        return torch.empty_like(host).copy_(host)
+
+
+def _sole_owner(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor shares its memory: the storage is held by it and by the object that asks."""
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) <= 2
+
+
+def _strides(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Its strides where they cover memory without gaps, else those of a contiguous tensor."""
+    return tuple(torch.empty_like(parameter, device="meta").stride())
+
+
+def _repoint(parameter: nn.Parameter, data: torch.Tensor) -> None:
+    """Gives a parameter another place, and its gradient the same device."""
+    grad = parameter.grad
+    parameter.grad = None
+    parameter.data = data
+    if grad is not None:
+        parameter.grad = grad if grad.device == data.device else grad.to(data.device)
+
+
+def _device_of(model: nn.Module) -> int:
+    """The CUDA device that the model is on; the current one for a model on the CPU."""
+    devices = {parameter.device for parameter in model.parameters()}
+    for parameter in model.parameters():
+        if parameter.device.type not in ("cuda", "cpu") or isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                "model: a parameter is on the device 'meta', or has no shape yet: expected parameters with contents, on "
+                "the CPU or a CUDA device"
+            )
+        if parameter.is_inference():
+            raise ValueError("model: a parameter was made in inference mode: expected ordinary ones")
+    indices = {device.index for device in devices if device.type == "cuda"}
+    if len(indices) > 1:
+        raise ValueError(f"model: it is on CUDA devices {sorted(indices)}: expected one. Stream each device's part")
+    return device_index(indices.pop() if indices else None)
+
+
+def stream(
+    model: nn.Module,
+    ahead: int = 2,
+    device_bytes: Optional[int] = None,
+    gradients: Gradients = "device",
+    *,
+    across_passes: bool = False,
+) -> Stream:
+    """Keeps a model's weights in host memory and copies them to the device ahead of their use.
+
+    The model stays as it is: an ordinary module, for inference and training, on the CPU or the GPU before.
+
+        with torch_uvm.stream(model):
+            output = model(tokens)
+
+    *Units* are copied one at a time: the elements of ModuleList and Sequential, and modules with parameters that lie in
+    none. As many units as fit stay on the device, spread among the others. Outside a unit's forward its weights are CUDA
+    tensors in host memory, so optimizers, `state_dict` and code that reads weights directly are right too, and slower.
+    Weights that a forward changes in place are copied back.
+
+    - The order of units is learned; the backward pass fetches weights again and keeps none.
+    - `torch.utils.checkpoint` around units works; within one, recomputation reads the weights where they lie.
+    - Under `torch.compile` each unit's forward is compiled by itself. CUDA graphs cannot be captured: not
+      `mode="reduce-overhead"` either.
+    - Changes that PyTorch does not count (through `.data`) are seen from the next pass on, which is a call of the model;
+      inside a unit's forward they are lost.
+    - A view of a weight that was made inside a forward and is kept (`weight.detach()`) stays what it was. To use it on
+      another stream, synchronise as for any tensor, or `record_stream` is not enough.
+
+    Args:
+        model: its parameters are on the CPU or on one CUDA device.
+        ahead: how many units to copy ahead. There are `ahead + 1` slots, of the largest unit that streams.
+        device_bytes: device memory for slots and weights that stay; None for three quarters of what is left
+            under the device limit (`memory_info`), so that a quarter is left to activations.
+        gradients: `device` leaves gradients where they are made; `host` moves each into host memory when it is complete.
+        across_passes: copy the first units of the next pass at the end of one, where no gradients are recorded. Then
+            weights must not be changed through `.data` between passes.
+
+    Raises:
+        RuntimeError: `use_uvm` is off, the model streams already, or what is left on the device is too little.
+        ValueError: an argument is not allowed, or `device_bytes` is too little for the slots.
+    """
+    enabled_library("stream()")
+    _tell_dynamo()
+    if isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1:
+        raise ValueError(f"ahead: {ahead!r} is not allowed: expected a whole number of units, at least 1")
+    if device_bytes is not None and (not isinstance(device_bytes, int) or device_bytes < 0):
+        raise ValueError(f"device_bytes: {device_bytes!r} is not allowed: expected a number of bytes, or None")
+    if gradients not in get_args(Gradients):
+        raise ValueError(f"gradients: {gradients!r} is not allowed: expected device or host")
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, _Forward) and forward._stream is not None:
+            raise RuntimeError("torch_uvm.stream(): this model, or a part of it, streams already: remove() that first")
+    return Stream(model, ahead, device_bytes, gradients, across_passes)

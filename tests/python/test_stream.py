@@ -1,0 +1,1014 @@
+"""Weights that stream (`torch_uvm.stream`) and optimizer state in host memory (`torch_uvm.offload_optimizer`).
+
+Modules here copy their weights, since copies are what the simulated device does; streams run late there, so a slot that
+is overwritten too early, or read too early, shows as wrong bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import os
+import sys
+import threading
+import types
+from typing import Any, Optional
+
+import pytest
+import torch
+from contents import MIB, same
+from on_device import on_device
+from simulated import HERE, environment, run_python
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+SOURCE = str(HERE.parent.parent / "python")
+try:
+    import torch_uvm
+except ModuleNotFoundError:  # a patched PyTorch, to which the package need not be installed
+    sys.path.append(SOURCE)
+    import torch_uvm
+
+from torch_uvm._order import BACKWARD, FORWARD, START, Order  # noqa: E402
+from torch_uvm._plan import Group, Groups, choose, group  # noqa: E402
+
+SIDE = 512
+UNIT = SIDE * SIDE * 4
+
+
+def contents(seed: int) -> torch.Tensor:
+    """A weight of one MiB, different for each seed."""
+    return torch.arange(SIDE * SIDE, dtype=torch.float32).view(SIDE, SIDE) + seed * 0.5
+
+
+def check(found: torch.Tensor, seed: int, what: object = "") -> None:
+    """Fails unless a tensor is `contents(seed)`."""
+    expected = contents(seed)
+    host = found.detach().cpu()
+    if not torch.equal(host, expected):
+        raise AssertionError(f"{what}: expected weight {seed}, found {host.flatten()[:3]} where {expected.flatten()[:3]}")
+
+
+class Through(torch.autograd.Function):
+    """Saves a transposed view of a weight, and shows what the backward pass gets for it."""
+
+    seen: list[torch.Tensor] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight.t())
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (saved,) = ctx.saved_tensors
+        Through.seen.append(copied(saved.t()))
+        return grad.clone(), copied(saved.t())
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, made by the copy engine."""
+    with torch.no_grad():
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
+
+
+class Layer(nn.Module):
+    """Copies its weight into `read`, and passes its input through."""
+
+    def __init__(self, seed: int, device: str = "cpu") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(contents(seed).to(device))
+        self.read: Optional[torch.Tensor] = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.read = copied(self.weight)
+        return Through.apply(x, self.weight)
+
+
+def stack(count: int, device: str = "cpu") -> nn.Sequential:
+    """Layers with the weights 0, 1, …"""
+    return nn.Sequential(*(Layer(seed, device) for seed in range(count)))
+
+
+def ones(grad: bool = False) -> torch.Tensor:
+    """A small input."""
+    return torch.ones(4, device="cuda", requires_grad=grad)
+
+
+def check_read(model: nn.Module, seeds: Optional[list[int]] = None) -> None:
+    """What each layer's last forward has copied."""
+    for index, layer in enumerate(model):
+        check(layer.read, seeds[index] if seeds else index, f"layer {index}")
+
+
+def copies_first(stream: Any) -> None:
+    """Runs the copies that were enqueued, and of all else only what they wait for: one that waits for too little shows."""
+    stream._slots.copies.synchronize()
+
+
+# Pure decisions
+
+
+def test_the_order_is_foretold() -> None:
+    """Before the first pass as the model holds it, later as it was."""
+    order = Order(5)
+    order.note(START)
+    same(order.upcoming(2, False), [0, 1])
+    for unit in (0, 2, 4, 1):
+        order.note((unit, FORWARD))
+    for unit in (1, 4, 2, 0):
+        order.note((unit, BACKWARD))
+    order.note(START)
+    same(order.upcoming(3, False), [0, 2, 4])
+    order.note((0, FORWARD))
+    same(order.upcoming(2, False), [2, 4])
+    for unit in (2, 4, 1):
+        order.note((unit, FORWARD))
+    same(order.upcoming(2, False), [4, 2], "the backward pass")
+    for unit in (1, 4, 2):
+        order.note((unit, BACKWARD))
+    same(order.upcoming(3, False), [0], "the end of the pass")
+    same(order.upcoming(3, True), [0, 4, 1], "beyond it")
+    assert not order.note((2, BACKWARD)), "the same once more"
+
+
+def test_alternating_branches_are_foretold() -> None:
+    """What follows depends on what was before."""
+    order = Order(3)
+    for _ in range(2):
+        for unit in (0, 1, 0, 2):
+            order.note((unit, FORWARD))
+    same(order.upcoming(1, True), [0])
+    order.note((0, FORWARD))
+    same(order.upcoming(1, True), [1])
+    order.note((1, FORWARD))
+    order.note((0, FORWARD))
+    same(order.upcoming(1, True), [2])
+
+
+def groups_of(*sizes: int) -> Groups:
+    """Units of so many MiB."""
+    units = []
+    for size in sizes:
+        unit = Group("unit", [], [])
+        unit.bytes = size * MIB
+        units.append(unit)
+    return Groups(units=units)
+
+
+def test_what_stays() -> None:
+    """Spread evenly; all of it, if it fits; nothing, if slots do not; large units rather than large slots."""
+    choice = choose(groups_of(*[1] * 9), (3 + 3) * MIB, ahead=2)
+    assert choice is not None
+    same(sorted(choice.resident), [2, 5, 8])
+    same((choice.slots, choice.slot_bytes), (3, MIB))
+    whole = choose(groups_of(*[1] * 9), 9 * MIB, ahead=2)
+    assert whole is not None
+    same((len(whole.resident), whole.slots), (9, 0))
+    same(choose(groups_of(*[1] * 9), 3 * MIB - 1, ahead=2), None)
+    large = choose(groups_of(1, 1, 1, 1, 1, 8), 11 * MIB, ahead=2)
+    assert large is not None
+    same((sorted(large.resident), large.slot_bytes), ([5], MIB))
+
+
+def test_units_of_a_model() -> None:
+    """Blocks, and what stands alone; tables by rows and small ones apart; a tied table is the head's."""
+
+    class Model(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.table = nn.Embedding(SIDE, SIDE)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(SIDE, SIDE), nn.LayerNorm(SIDE)) for _ in range(3))
+            self.norm = nn.LayerNorm(SIDE)
+            self.head = nn.Linear(SIDE, SIDE, bias=False)
+            self.positions = nn.Parameter(torch.zeros(SIDE, SIDE))
+            if tied:
+                self.head.weight = self.table.weight
+
+    for tied in (False, True):
+        groups = group(Model(tied))
+        names = [unit.name for unit in groups.units]
+        expected = [f"blocks.{index}" for index in range(3)]
+        same(names, [*expected, "head"], f"tied {tied}")
+        same([other.name for other in groups.others], ["(model)"] if tied else ["(model)", "table"])
+        assert any(small.name == "norm" for small in groups.small)
+        total = sum(p.numel() for p in Model(tied).parameters())
+        everything = [p for g in (*groups.units, *groups.small, *groups.others) for p in g.parameters]
+        same(sum(p.numel() for p in everything), total)
+        same(len(everything), len(set(everything)))
+
+
+# Forward
+
+
+@on_device(uvm_only=True)
+@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_forward(mode: str, device: str) -> None:
+    """Each layer reads its own weight in each pass; each streamed weight is copied once a pass, most ahead of its use."""
+    model = stack(10, device)
+    context = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]
+    with torch_uvm.stream(model, device_bytes=5 * UNIT) as stream:
+        for _ in range(4):
+            with context():
+                model(ones())
+            copies_first(stream)
+            check_read(model)
+        found = stream.statistics()
+        same((found.units, found.streamed_units, found.slots), (10, 8, 3))
+        same((found.resident_bytes, found.streamed_bytes, found.slot_bytes), (2 * UNIT, 8 * UNIT, UNIT))
+        same((found.fetches, found.bytes_copied), (4 * 8, 4 * 8 * UNIT))
+        same((found.misses, found.hits), (4, 4 * 7))
+        same((found.replaced_slots, found.written_back), (0, 0))
+    for index, layer in enumerate(model):
+        check(layer.weight, index)
+        assert "forward" not in layer.__dict__
+
+
+@on_device(uvm_only=True)
+def test_across_passes() -> None:
+    """The first units of the next pass are copied at the end of one; not where gradients were recorded."""
+    model = stack(8)
+    with torch_uvm.stream(model, device_bytes=3 * UNIT, across_passes=True) as stream:
+        for _ in range(4):
+            with torch.no_grad():
+                model(ones())
+            check_read(model)
+        same(stream.statistics().misses, 2, "the order is known after the second pass")
+        with torch.no_grad():
+            for seed, layer in enumerate(model, 20):
+                layer.weight.copy_(contents(seed))
+            model(ones())
+        check_read(model, list(range(20, 28)))
+    few = stack(4)  # most of which are still in slots when the next pass begins
+    with torch_uvm.stream(few, device_bytes=3 * UNIT, across_passes=True):
+        for first in (40, 50, 60):
+            few(ones(True)).backward(ones())
+            for seed, layer in enumerate(few, first):
+                layer.weight.data.copy_(contents(seed))  # as a fused optimizer: its version stays
+            few(ones())
+            check_read(few, list(range(first, first + 4)))
+
+
+@on_device(uvm_only=True)
+def test_the_memory() -> None:
+    """Slots and what stays are on the device, the rest in host memory; all of it comes back."""
+    model = stack(16, "cuda")
+    before = torch_uvm.memory_info()
+    stream = torch_uvm.stream(model, device_bytes=6 * UNIT)
+    attached = torch_uvm.memory_info()
+    assert attached.populated_host - before.populated_host >= 13 * UNIT
+    assert attached.allocated - before.allocated <= 3 * UNIT + 16 * 512
+    stream.remove()
+    after = torch_uvm.memory_info()
+    same(after.populated_host, before.populated_host)
+    same(after.allocated, before.allocated)
+
+
+@on_device("use_uvm:True,uvm_device_limit_mb:32", uvm_only=True)
+def test_what_is_left_under_the_limit() -> None:
+    """`device_bytes=None` takes three quarters of it, whatever lay on the device before."""
+    model = stack(40, "cuda")
+    with torch_uvm.stream(model) as stream:
+        found = stream.statistics()
+        device = torch_uvm.memory_info().populated_device
+        assert device <= 32 * MIB, device
+        assert 4 * MIB <= found.resident_bytes + found.slots * found.slot_bytes <= 24 * MIB, found
+        model(ones())
+        check_read(model)
+
+
+@on_device(uvm_only=True)
+def test_another_order() -> None:
+    """Is right at once, and foretold when it was seen."""
+    layers = stack(9)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+            self.order = list(range(9))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for index in self.order:
+                x = self.layers[index](x)
+            return x
+
+    model = Model()
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream:
+        for order in ([0, 1, 2, 3, 4, 5, 6, 7, 8], [8, 3, 5, 0], [4, 4, 4, 2, 7, 7, 1]):
+            model.order = order
+            for _ in range(3):
+                misses = stream.statistics().misses
+                for layer in layers:
+                    layer.read = None
+                model(ones())
+                for index in order:
+                    check(layers[index].read, index, order)
+            same(stream.statistics().misses - misses, 1, f"order {order}, third time")
+
+
+@on_device(uvm_only=True)
+def test_without_the_models_own_forward() -> None:
+    """Units that are called one by one: a unit that comes again begins a pass."""
+    model = stack(6)
+    with torch_uvm.stream(model, device_bytes=3 * UNIT):
+        for seed in (0, 10, 20):
+            for index, layer in enumerate(model):
+                layer.weight.data.copy_(contents(seed + index))
+            for layer in model:
+                layer(ones())
+            check_read(model, [seed + index for index in range(6)])
+
+
+# Slots
+
+
+@on_device(uvm_only=True)
+def test_a_view_that_is_kept() -> None:
+    """Its slot is left to it, and another one made."""
+    model = stack(8)
+    kept = []
+    forward = Layer.forward
+
+    def keeping(self: Layer, x: torch.Tensor) -> torch.Tensor:
+        kept.append(self.weight.detach())
+        return forward(self, x)
+
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream, torch.no_grad():
+        Layer.forward = keeping  # type: ignore[method-assign]
+        stream.remove()
+        stream = torch_uvm.stream(model, device_bytes=3 * UNIT)
+        model(ones())
+        check_read(model)
+        same(len(kept), 8)
+        for index, view in enumerate(kept):
+            check(view, index, "kept")
+        assert stream.statistics().replaced_slots >= 5
+        kept.clear()
+        Layer.forward = forward  # type: ignore[method-assign]
+        for _ in range(2):
+            model(ones())
+            check_read(model)
+        same(stream.statistics().slots, 3)
+        stream.remove()
+
+
+@on_device(uvm_only=True)
+def test_a_view_that_is_kept_for_a_while() -> None:
+    """Its last use counts, not the end of the forward that it was made in."""
+    kept: list[torch.Tensor] = []
+
+    class Keeping(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept.append(self.weight.detach())
+            return x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Keeping(seed) for seed in range(8))
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            late = []
+            for layer in self.layers:
+                layer(x)
+                if len(kept) > 1:
+                    late.append(copied(kept.pop(0)))
+            return late
+
+    model = Model()
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream, torch.no_grad():
+        for _ in range(3):
+            late = model(ones())
+            copies_first(stream)
+            same(len(late), 7)
+            for index, read in enumerate(late):
+                check(read, index)
+            kept.clear()
+
+
+@on_device(uvm_only=True)
+def test_other_streams() -> None:
+    """A forward on a stream of the program's own, then on another: slots wait for both."""
+    model = stack(8)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    with torch_uvm.stream(model, device_bytes=3 * UNIT), torch.no_grad():
+        for number in range(6):
+            side = streams[number % 3]
+            with torch.cuda.stream(side):
+                model(ones())
+            reads = [layer.read for layer in model]
+            with torch.cuda.stream(streams[(number + 1) % 3]):
+                model(ones())
+            torch.cuda.synchronize()
+            for index, read in enumerate(reads):
+                check(read, index, f"round {number}")
+            check_read(model)
+
+
+@on_device(uvm_only=True)
+def test_threads() -> None:
+    """Two threads run the same model at the same time."""
+    model = stack(8)
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+                for _ in range(5):
+                    x = ones()
+                    for index, layer in enumerate(model):
+                        layer(x)
+                        check(layer.read, index)
+        except BaseException as error:
+            failures.append(error)
+
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream:
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures, failures
+        assert stream.statistics().slots <= 4
+        with torch.no_grad():
+            model(ones())
+        check_read(model)
+
+
+@on_device(uvm_only=True)
+@pytest.mark.parametrize("kind", ["ValueError", "KeyboardInterrupt"])
+def test_a_forward_that_fails(kind: str) -> None:
+    """Leaves weights in host memory and hooks as they were."""
+    model = stack(6)
+    error = {"ValueError": ValueError, "KeyboardInterrupt": KeyboardInterrupt}[kind]
+    with torch_uvm.stream(model, device_bytes=3 * UNIT):
+        addresses = [layer.weight.data_ptr() for layer in model]
+        original = Layer.forward
+
+        def failing(self: Layer, x: torch.Tensor) -> torch.Tensor:
+            raise error("on purpose")
+
+        model[3].__dict__["forward"]._forward = failing.__get__(model[3])
+        with pytest.raises(error, match="on purpose"):
+            model(ones(True))
+        same([layer.weight.data_ptr() for layer in model], addresses)
+        same(torch._C._autograd._top_saved_tensors_default_hooks(True), None)
+        model[3].__dict__["forward"]._forward = original.__get__(model[3])
+        model(ones(True))
+        check_read(model)
+
+
+# Changes
+
+
+@on_device(uvm_only=True)
+def test_state_dict() -> None:
+    """Saved and loaded while streaming, into the model and into another one."""
+    model = stack(8)
+    with torch_uvm.stream(model, device_bytes=4 * UNIT):
+        model(ones())
+        buffer = io.BytesIO()
+        torch.save(model.state_dict(), buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, map_location="cpu")
+        for index in range(8):
+            check(loaded[f"{index}.weight"], index)
+        model.load_state_dict({f"{index}.weight": contents(30 + index) for index in range(8)})
+        model(ones())
+        check_read(model, list(range(30, 38)))
+
+
+@on_device(uvm_only=True)
+@pytest.mark.parametrize("trained", [False, True])
+def test_changes_between_passes(trained: bool) -> None:
+    """Those that PyTorch counts and those that it does not, as fused optimizers make them."""
+    model = stack(8)
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream:
+        for seed in (10, 30, 50):
+            with torch.set_grad_enabled(trained):
+                y = model(ones(trained))
+            if trained:
+                y.backward(ones())
+            made = [contents(seed + index).cuda() for index in range(8)]
+            for layer, weight in zip(model, made):
+                layer.weight.data.copy_(weight)  # later than this program goes on
+            model(ones(True))
+            copies_first(stream)
+            check_read(model, [seed + index for index in range(8)])
+
+
+@on_device(uvm_only=True)
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_changes_within_a_pass(ahead: int) -> None:
+    """Of a unit that is on its way already: the next one, one later."""
+    layers = stack(6)
+    made = [contents(60 + index).cuda() for index in range(6)]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for index, layer in enumerate(self.layers):
+                if index + ahead < len(self.layers):
+                    with torch.no_grad():
+                        self.layers[index + ahead].weight.copy_(made[index + ahead])
+                x = layer(x)
+            return x
+
+    model = Model()
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream:
+        model(ones())
+        copies_first(stream)
+        check_read(layers, [index if index < ahead else 60 + index for index in range(6)])
+        assert ahead == 2 or stream.statistics().stale > 0
+
+
+@on_device(uvm_only=True)
+def test_a_forward_that_changes_its_weight() -> None:
+    """In place: it is copied back. By assignment: it stays where the forward has put it."""
+
+    class Changing(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.weight.copy_(contents(int(x)))
+            return x
+
+    class Assigning(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.read = copied(self.weight)
+            if int(x) == 7:
+                self.weight.data = contents(8).cuda()
+            return x
+
+    model = nn.Sequential(Changing(0), Changing(1), Assigning(2), Layer(3), Layer(4))
+    x = torch.tensor(7)
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream, torch.no_grad():
+        model(x)
+        for index, seed in enumerate((7, 7, 8, 3, 4)):
+            check(model[index].weight, seed)
+        same(stream.statistics().written_back, 2)
+        model(torch.tensor(9))
+        for index, seed in enumerate((9, 9, 8, 3, 4)):
+            check(model[index].weight, seed)
+        check(model[2].read, 8)
+
+
+@on_device(uvm_only=True)
+def test_a_model_that_is_moved() -> None:
+    """Weights that the program has put elsewhere are used there."""
+    model = stack(6)
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream, torch.no_grad():
+        model(ones())
+        model[2].weight.data = contents(70).cuda()
+        model(ones())
+        check_read(model, [0, 1, 70, 3, 4, 5])
+        same(model[2].weight.shape, (SIDE, SIDE))
+        model.cpu()
+        fetches = stream.statistics().fetches
+        assert fetches
+        model(torch.ones(4))
+        check_read(model, [0, 1, 70, 3, 4, 5])
+    assert not model[0].weight.is_cuda
+
+
+# Backward
+
+
+@on_device(uvm_only=True)
+@pytest.mark.parametrize("gradients", ["device", "host"])
+def test_backward(gradients: str) -> None:
+    """It gets each weight again, from slots that held others meanwhile; gradients go where they shall."""
+    model = stack(10)
+    with torch_uvm.stream(model, device_bytes=5 * UNIT, gradients=gradients) as stream:
+        for number in range(3):
+            Through.seen.clear()
+            before = torch_uvm.memory_info()
+            model(ones(True)).backward(ones())
+            for index, seen in enumerate(reversed(Through.seen)):
+                check(seen, index, f"pass {number}")
+            for index, layer in enumerate(model):
+                check(layer.weight.grad, index, "gradient")
+            after = torch_uvm.memory_info()
+            if number == 0:
+                moved = after.populated_host - before.populated_host
+                assert moved >= 8 * UNIT if gradients == "host" else moved == 0, moved
+            model.zero_grad()
+        found = stream.statistics()
+        same((found.misses, found.replaced_slots), (3, 0))
+        # What the forward pass used last is still there when the backward pass begins.
+        same(found.fetches, 3 * (8 + 8 - 3))
+
+
+@on_device(uvm_only=True)
+def test_gradients_add_up() -> None:
+    """In host memory too, and what somebody still holds is not overwritten."""
+    model = stack(5)
+    with torch_uvm.stream(model, device_bytes=3 * UNIT, gradients="host"):
+        model(ones(True)).backward(ones())
+        held = [layer.weight.grad for layer in model]
+        first = [grad.data_ptr() for grad in held]
+        model(ones(True)).backward(ones())  # added in place, by a kernel
+        same([layer.weight.grad.data_ptr() for layer in model], first)
+        model.zero_grad()
+        for layer in model:
+            layer.weight.data.copy_(contents(90))
+        model(ones(True)).backward(ones())
+        for index, grad in enumerate(held):
+            check(grad, index, "held")
+        for layer in model:
+            check(layer.weight.grad, 90)
+
+
+@on_device(uvm_only=True)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant: bool) -> None:
+    """Around units: their forwards run again in the backward pass."""
+    model = stack(8)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=reentrant)
+            return x
+
+    whole = Model()
+    with torch_uvm.stream(whole, device_bytes=3 * UNIT) as stream:
+        for _ in range(3):
+            Through.seen.clear()
+            misses = stream.statistics().misses
+            for layer in model:
+                layer.weight.grad = None
+            whole(ones(True)).backward(ones())
+            check_read(model)
+            for index, seen in enumerate(reversed(Through.seen)):
+                check(seen, index)
+            for index, layer in enumerate(model):
+                check(layer.weight.grad, index)
+        same(stream.statistics().misses - misses, 1)
+
+
+@on_device(uvm_only=True)
+def test_hooks_around_are_asked() -> None:
+    """Saved-tensor hooks of the program see everything but the weights."""
+    model = stack(4)
+    seen: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        seen.append(tensor)
+        return "packed", tensor
+
+    def unpack(saved: tuple[str, torch.Tensor]) -> torch.Tensor:
+        same(saved[0], "packed")
+        return saved[1]
+
+    class Squares(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) ** 2
+
+    model = nn.Sequential(*model, Squares(5))
+    with torch_uvm.stream(model, device_bytes=3 * UNIT):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            y = model(ones(True))
+        same([tuple(tensor.shape) for tensor in seen], [(4,)])
+        y.backward(ones())
+        check(model[4].weight.grad, 5)
+
+
+@on_device(uvm_only=True)
+def test_changes_before_the_backward_pass() -> None:
+    """PyTorch's error for weights and for anything else that was changed in place."""
+
+    class Product(Layer):
+        between: Optional[torch.Tensor] = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.between = super().forward(x)
+            return self.between.exp() * self.between
+
+    for changed in ("weight", "activation"):
+        model = nn.Sequential(*stack(4), Product(5))
+        with torch_uvm.stream(model, device_bytes=3 * UNIT):
+            y = model(ones(True))
+            with torch.no_grad():
+                if changed == "weight":
+                    model[1].weight.copy_(contents(80))
+                else:
+                    model[4].between.add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.backward(ones())
+
+
+@on_device(uvm_only=True)
+def test_autocast_keeps_no_copies() -> None:
+    """Neither its cache nor the graph holds weights in another type: they are made again."""
+    model = nn.Sequential(*(nn.Linear(SIDE, SIDE, bias=False) for _ in range(12)))
+    with torch_uvm.stream(model, device_bytes=3 * UNIT):
+        x = torch.ones(1, SIDE, device="cuda", requires_grad=True)
+        model(x).sum().backward()  # what libraries allocate once
+        for _ in range(2):
+            before = torch.cuda.memory_allocated()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                y = model(x)
+                held = torch.cuda.memory_allocated() - before
+            assert held < UNIT, f"{held} bytes, of {12 * UNIT // 2}"
+            y.sum().backward()
+            same(model[0].weight.grad.dtype, torch.float32)
+            del y
+            model.zero_grad()
+
+
+@on_device(uvm_only=True)
+def test_graphs_outlive_the_stream() -> None:
+    """A backward pass after remove() reads the weights where they are."""
+    model = stack(6)
+    stream = torch_uvm.stream(model, device_bytes=3 * UNIT)
+    y = model(ones(True))
+    stream.remove()
+    stream.remove()
+    Through.seen.clear()
+    y.backward(ones())
+    for index, seen in enumerate(reversed(Through.seen)):
+        check(seen, index)
+
+
+# Models
+
+
+@on_device(uvm_only=True)
+def test_tied_weights() -> None:
+    """Belong to one unit, which both uses fetch."""
+    model = nn.Sequential(*stack(6))
+    model[4].weight = model[1].weight
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream:
+        same(stream.statistics().streamed_bytes, 5 * UNIT)
+        for _ in range(2):
+            model(ones(True)).backward(ones())
+            check_read(model, [0, 1, 2, 3, 1, 5])
+        assert model[4].weight is model[1].weight
+    assert model[4].weight is model[1].weight
+
+
+@on_device(uvm_only=True)
+def test_small_other_and_strange_parameters() -> None:
+    """Small ones stay, tables are read where they lie or stay, layouts are kept, buffers come along."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(contents(1).t())
+            self.b = nn.Parameter(contents(2).view(SIDE, 64, 2, 4).to(memory_format=torch.channels_last))
+            self.c = nn.Parameter(torch.arange(5, dtype=torch.float64))
+            self.e = nn.Parameter(torch.empty(0))
+            self.register_buffer("d", torch.arange(7))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            same((self.a.stride(), self.b.stride()), ((1, SIDE), (512, 1, 256, 64)))
+            self.read = [copied(self.a.t()), copied(self.b.permute(0, 2, 3, 1)), copied(self.c), self.d]
+            return x
+
+    table = nn.Embedding(SIDE, SIDE)
+    blocks = nn.ModuleList(Block() for _ in range(4))
+    model = nn.ModuleDict({"table": table, "blocks": blocks, "norm": nn.LayerNorm(8)})
+    with torch_uvm.stream(model, device_bytes=7 * UNIT) as stream, torch.no_grad():
+        found = stream.statistics()
+        same((found.units, found.remote_bytes), (4, UNIT))
+        for _ in range(2):
+            for block in blocks:
+                block(ones())
+                a, b, c, d = block.read
+                check(a, 1)
+                check(b.cpu().permute(0, 3, 1, 2).contiguous().view(SIDE, SIDE), 2)
+                same(c.tolist(), [0.0, 1.0, 2.0, 3.0, 4.0])
+                assert d.is_cuda
+    assert all(parameter.is_cuda for parameter in model.parameters())
+
+
+@on_device(uvm_only=True)
+def test_copies_and_pickles() -> None:
+    """Of a model that streams do not stream."""
+    module = types.ModuleType(Layer.__module__)  # by whose name a pickle finds the class
+    vars(module).update(globals())
+    sys.modules[Layer.__module__] = module
+    model = stack(5)
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        fetches = stream.statistics().fetches
+        for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+            other[2].weight.data.copy_(contents(40))
+            other(ones())
+            check_read(other, [0, 1, 40, 3, 4])
+        same(stream.statistics().fetches, fetches)
+        model(ones())
+        check_read(model)
+
+
+@on_device(uvm_only=True, timeout=120)
+@pytest.mark.parametrize("how", ["blocks", "in place", "whole"])
+def test_compiled(how: str) -> None:
+    """Blocks that torch.compile has wrapped, and models around units."""
+    model = nn.Sequential(*(nn.Linear(SIDE, SIDE, bias=False) for _ in range(5)))
+    counted: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        counted.append(len(graph.graph.nodes))
+        return graph.forward
+
+    run: Any = model
+    if how == "blocks":
+        model = run = nn.Sequential(*(torch.compile(layer, backend=backend) for layer in model))
+    elif how == "in place":
+        for layer in model:
+            layer.compile(backend=backend)
+    stream = torch_uvm.stream(model, device_bytes=3 * UNIT)
+    if how == "whole":
+        run = torch.compile(model, backend=backend)
+    for _ in range(3):
+        run(torch.ones(4, SIDE, device="cuda", requires_grad=True)).sum().backward()
+    found = stream.statistics()
+    same(found.streamed_units, 5)
+    assert found.fetches >= 3 * (5 + 2), found
+    assert counted, "nothing was compiled"
+    stream.remove()
+
+
+@on_device(uvm_only=True)
+def test_no_capture() -> None:
+    """A graph would replay slots that hold something else by then."""
+    model = stack(5)
+    with torch_uvm.stream(model, device_bytes=3 * UNIT), torch.no_grad():
+        model(ones())
+        graph = torch.cuda.CUDAGraph()
+        x = ones()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            graph.capture_begin()
+            with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+                model(x)
+            graph.capture_end()
+        model(ones())
+        check_read(model)
+
+
+# The beginning and the end
+
+
+@on_device(uvm_only=True)
+def test_what_is_refused() -> None:
+    """With the name, the value and what is allowed; the model stays as it was."""
+    model = stack(6)
+    before = torch_uvm.memory_info()
+    for arguments, text in (
+        ({"ahead": 0}, "ahead: 0 is not allowed: expected a whole number of units, at least 1"),
+        ({"device_bytes": -1}, "device_bytes: -1 is not allowed"),
+        ({"gradients": "disk"}, "gradients: 'disk' is not allowed: expected device or host"),
+        ({"device_bytes": 3 * UNIT - 1}, "device_bytes: 3.00 MiB of device memory is too little"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            torch_uvm.stream(model, **arguments)
+    with pytest.raises(ValueError, match="'meta'"):
+        torch_uvm.stream(nn.Linear(4, 4, device="meta"))
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any(parameter.is_cuda for parameter in model.parameters())
+    torch_uvm.empty_cache()
+    same(torch_uvm.memory_info().populated_host, before.populated_host)
+    with torch_uvm.stream(model, device_bytes=3 * UNIT):
+        with pytest.raises(RuntimeError, match="streams already"):
+            torch_uvm.stream(model[1:], device_bytes=3 * UNIT)
+
+
+@pytest.mark.parametrize(("device", "ratio"), [("cpu", 0.014), ("cuda", 0.02)])
+@on_device("use_uvm:True,uvm_oversubscription_ratio:{ratio}", uvm_only=True)
+def test_too_little_memory(device: str, ratio: float) -> None:
+    """In the middle of it: everything is where it was, and the books balance."""
+    model = stack(30, device)
+    before = torch_uvm.memory_info()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        torch_uvm.stream(model, device_bytes=25 * MIB)
+    gc.collect()
+    torch_uvm.empty_cache()
+    same({parameter.device.type for parameter in model.parameters()}, {device})
+    for index, layer in enumerate(model):
+        check(layer.weight, index)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    after = torch_uvm.memory_info()
+    same(after.allocated, before.allocated)
+    same(after.populated_host, before.populated_host)
+
+
+def test_where_use_uvm_is_off() -> None:
+    """An error that says what to set."""
+    code = """
+import torch, torch_uvm
+for call in (lambda: torch_uvm.stream(torch.nn.Linear(2, 2)), lambda: torch_uvm.offload_optimizer(None)):
+    try:
+        call()
+    except RuntimeError as error:
+        assert "PYTORCH_CUDA_ALLOC_CONF=use_uvm:True" in str(error), error
+    else:
+        raise AssertionError(call)
+"""
+    variables = environment("", require=True)
+    path = os.pathsep.join(filter(None, (SOURCE, variables.get("PYTHONPATH"))))
+    ended = run_python(code, {**variables, "PYTHONPATH": path})
+    assert ended.status == 0, ended.text
+
+
+# Optimizer state
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of tensors that are no scalars."""
+    values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(value.numel() * value.element_size() for value in values if value.dim())
+
+
+def with_gradients() -> nn.Module:
+    """A model of 8 MiB with gradients."""
+    model = stack(8, "cuda")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return model
+
+
+@on_device(uvm_only=True)
+@pytest.mark.parametrize("name", ["fused", "foreach", "plain", "momentum", "adagrad"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_offloaded_state(name: str, when: str) -> None:
+    """Lies in host memory, whether it is made later or was there; no more of it on the device."""
+    model = with_gradients()
+    make = {
+        "fused": lambda p: torch.optim.AdamW(p, fused=True),
+        "foreach": lambda p: torch.optim.Adam(p, foreach=True),
+        "plain": lambda p: torch.optim.AdamW(p, foreach=False),
+        "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        "adagrad": lambda p: torch.optim.Adagrad(p),
+    }[name]
+    optimizer = make(model.parameters())
+    start = torch_uvm.memory_info()
+    if when == "after":
+        optimizer.step()
+    handle = torch_uvm.offload_optimizer(optimizer)
+    for _ in range(3):
+        optimizer.step()
+    torch_uvm.empty_cache()
+    after = torch_uvm.memory_info()
+    expected = state_bytes(optimizer)
+    assert expected >= 8 * UNIT
+    assert after.populated_host - start.populated_host >= expected, (start, after)
+    addresses = [value.data_ptr() for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    optimizer.step()
+    found = [value.data_ptr() for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    same(found, addresses, "state that moves again")
+    handle.remove()
+    assert "_init_group" not in optimizer.__dict__
+
+
+@on_device(uvm_only=True)
+def test_offloaded_state_is_kept() -> None:
+    """Through the move and through load_state_dict, byte for byte."""
+    model = with_gradients()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer.step()
+    for index, parameter in enumerate(model.parameters()):
+        optimizer.state[parameter]["exp_avg"].copy_(contents(index))
+    with torch_uvm.offload_optimizer(optimizer):
+        for index, parameter in enumerate(model.parameters()):
+            check(optimizer.state[parameter]["exp_avg"], index)
+        saved = copy.deepcopy(optimizer.state_dict())
+        for state in saved["state"].values():
+            state["exp_avg"].copy_(contents(77))
+        before = torch_uvm.memory_info()
+        optimizer.load_state_dict(saved)
+        for parameter in model.parameters():
+            check(optimizer.state[parameter]["exp_avg"], 77)
+        assert torch_uvm.memory_info().populated_host >= before.populated_host
+        optimizer.step()
+
+
+@on_device(uvm_only=True)
+def test_training_with_everything() -> None:
+    """Weights, gradients and state in host memory; a step that PyTorch does not count is seen by the next pass."""
+    model = stack(8)
+    with torch_uvm.stream(model, device_bytes=4 * UNIT, gradients="host"):
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        torch_uvm.offload_optimizer(optimizer)
+        for number in range(3):
+            model(ones(True)).backward(ones())
+            optimizer.step()
+            for index, layer in enumerate(model):
+                layer.weight.data.copy_(contents(100 * number + index))  # what the kernel would have written
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model(ones())
+            check_read(model, [100 * number + index for index in range(8)])
