@@ -17,7 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ._library import size as in_words
 from ._order import BACKWARD, FORWARD, START, Order
-from ._plan import Choice, Group, Groups, aligned, bytes_of, choose, group
+from ._plan import SMALLEST, Choice, Group, Groups, aligned, bytes_of, choose, group
+from ._pinned import Pinned
 from ._pools import empty_cache, placement
 from ._report import device_index, enabled_library, memory_info
 from ._slots import Slot, Slots
@@ -96,7 +97,7 @@ class _Unit:
     def __init__(self, number: int, name: str, host: torch.Tensor, weights: list[_Weight]) -> None:
         self.number = number
         self.name = name
-        #: All weights as bytes, laid out as in a slot.
+        #: All weights as bytes, laid out as in a slot: a CPU tensor over the memory that the weights are CUDA tensors in.
         self.host = host
         self.bytes = host.numel()
         self.weights = weights
@@ -380,22 +381,25 @@ class Stream:
         raise RuntimeError(f"torch_uvm.stream(): {text}. Set uvm_device_limit_mb higher, or device_bytes")
 
     def _to_host(self, found: Group) -> tuple[torch.Tensor, list[_Weight]]:
-        """Moves a group's parameters into one piece of host memory."""
+        """Moves a group's parameters into one piece of pinned memory; answers it as a CPU tensor, to copy from."""
         with torch.inference_mode(False), torch.no_grad():
-            with placement("cpu_first", self._index):
-                host = torch.empty(found.bytes, dtype=torch.uint8, device=self._device)
+            host = Pinned(found.bytes, self._index)
             weights: list[_Weight] = []
             self._hosted.append(weights)
             offset = 0
             for parameter in found.parameters:
                 first = offset // parameter.element_size()
-                typed = host[offset : offset + bytes_of(parameter)].view(parameter.dtype)
-                view = torch.as_strided(typed, parameter.shape, _strides(parameter), first)
-                view.copy_(parameter.data)
+                place = slice(offset, offset + bytes_of(parameter))
+                shape, strides = parameter.shape, _strides(parameter)
+                view = torch.as_strided(host.cuda[place].view(parameter.dtype), shape, strides, first)
+                if parameter.is_cuda:
+                    view.copy_(parameter.data)
+                else:
+                    torch.as_strided(host.cpu[place].view(parameter.dtype), shape, strides, first).copy_(parameter.data)
                 _repoint(parameter, view)
                 weights.append(_Weight(parameter, view, first))
                 offset += aligned(bytes_of(parameter))
-        return host, weights
+        return host.cpu, weights
 
     def _to_device(self, found: Group, move: bool = True) -> None:
         """Moves a group's parameters into plain device memory; without `move` those that are not on the device."""
@@ -670,8 +674,7 @@ class Stream:
                 torch.cuda.current_stream(self._index).wait_stream(slots.copies)
                 slots.drop_all()
                 for unit in self._units:
-                    unit.host.record_stream(slots.copies)
-                    unit.host = torch.empty(0)
+                    unit.host = torch.empty(0)  # pinned memory waits for the device before it goes
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self._bring_back(origins)
@@ -730,7 +733,8 @@ class _HostGradients:
     """Moves each gradient into host memory as soon as it is complete."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._kept: dict[nn.Parameter, torch.Tensor] = {}
+        #: As a CUDA tensor, and as the CPU tensor to copy to.
+        self._kept: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]] = {}
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._moved)
             for parameter in parameters
@@ -741,16 +745,12 @@ class _HostGradients:
         grad = parameter.grad
         if grad is None or grad.layout != torch.strided or grad.requires_grad:
             return  # sparse ones are small; one with a graph (create_graph) is part of it
-        kept = self._kept.get(parameter)  # type: ignore[call-overload]
+        kept, host = self._kept.get(parameter, (None, None))  # type: ignore[call-overload]
         if kept is not None and grad.data_ptr() == kept.data_ptr():
             return
-        storage = None if kept is None else kept.untyped_storage()
         if kept is None or kept.dtype != grad.dtype or kept.shape != grad.shape or not _sole_owner(kept):
-            with placement("cpu_first", grad.device):
-                kept = torch.empty_like(grad)
-            self._kept[parameter] = kept  # type: ignore[index]
-        del storage
-        kept.copy_(grad, non_blocking=True)
+            kept, host = self._kept[parameter] = _host_like(grad)  # type: ignore[index]
+        host.copy_(grad, non_blocking=True)
         parameter.grad = kept.view_as(kept)
 
     def remove(self) -> None:
@@ -758,6 +758,20 @@ class _HostGradients:
         for hook in self._hooks:
             hook.remove()
         self._kept.clear()
+
+
+def _host_like(grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Host memory for a gradient, as a CUDA tensor and as what to copy to: for small ones, which are not worth pinning, the
+    same one."""
+    if bytes_of(grad) < SMALLEST:
+        with placement("cpu_first", grad.device):
+            kept = torch.empty_like(grad)
+        return kept, kept
+    pinned = Pinned(bytes_of(grad), grad.device.index)
+    cuda, cpu = (
+        torch.as_strided(flat.view(grad.dtype), grad.shape, _strides(grad)) for flat in (pinned.cuda, pinned.cpu)
+    )
+    return cuda, cpu
 
 
 def _ordinary(host: torch.Tensor) -> torch.Tensor:

@@ -189,6 +189,8 @@ impl Machine {
             }
             let (kind, id) = (PointerKind::RegisteredHost, s.next_id());
             s.host_allocations.insert(ptr, HostAllocation { device, bytes, kind, zone: None, id });
+            // Locked in memory from now on; before, it is memory that the machine knows nothing of.
+            s.physical.take_pinned(bytes);
             Ok(())
         })
     }
@@ -200,7 +202,9 @@ impl Machine {
             s.unsafe_call()?;
             s.find_host(ptr, PointerKind::RegisteredHost, Code::HOST_MEMORY_NOT_REGISTERED)?;
             s.wait_for_all(None);
-            s.host_allocations.remove(&ptr);
+            if let Some(host) = s.host_allocations.remove(&ptr) {
+                s.physical.host.pinned -= host.bytes;
+            }
             Ok(())
         })
     }

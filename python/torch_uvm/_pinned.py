@@ -1,0 +1,83 @@
+"""Pinned host memory that is a CPU tensor and a CUDA tensor at once.
+
+Copies between it and the device run on a copy engine beside kernels, and the CPU goes on at once. From managed memory they do
+not: on an H100 they come to the link's speed too, but nothing computes meanwhile (docs/measured.md).
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from typing import Any
+
+import torch
+
+from ._library import size as in_words
+from ._report import memory_info
+
+_pinned = 0
+
+
+def pinned_bytes() -> int:
+    """How much memory this process has pinned through `Pinned`, in bytes."""
+    return _pinned
+
+
+#: `cudaHostRegisterPortable | cudaHostRegisterMapped`: pinned for all devices, and reached by their kernels.
+_PORTABLE_AND_MAPPED = 3
+
+
+class Pinned:
+    """Page-locked bytes of the host, until the last tensor in them is gone."""
+
+    def __init__(self, count: int, device: int) -> None:
+        """`count` bytes, at least 1, reached by a device.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: the host has not so much left beside its reserve (`uvm_host_reserve_mb`). Pinned
+                memory cannot be swapped out: past that the kernel would end processes.
+            RuntimeError: CUDA does not pin it.
+        """
+        info = memory_info(device)
+        left = max(0, info.host_available - info.host_reserve)
+        if count > left:
+            raise torch.cuda.OutOfMemoryError(
+                f"torch_uvm: {in_words(count)} of host memory cannot be pinned: {in_words(info.host_available)} are available "
+                f"and {in_words(info.host_reserve)} of them are left to everyone else (uvm_host_reserve_mb)"
+            )
+        # Shared between processes that are forked: a private page would be copied when one of them writes to it, and the
+        # device would go on with the other copy.
+        self._memory = mmap.mmap(-1, count)
+        #: As a CPU tensor.
+        self.cpu = torch.frombuffer(self._memory, dtype=torch.uint8)
+        pointer = self.cpu.data_ptr()
+        with torch.cuda.device(device):
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(pointer, count, _PORTABLE_AND_MAPPED)))
+            global _pinned
+            _pinned += count
+            lease = _Lease(pointer, count)
+            weakref.finalize(lease, _unpin, pointer, device, self.cpu).atexit = False
+            #: As a CUDA tensor: the GPU reads and writes it where it lies.
+            self.cuda = torch.as_tensor(lease, device=torch.device("cuda", device))
+
+
+class _Lease:
+    """What the CUDA tensor holds as long as it, or a view of it, lives."""
+
+    def __init__(self, pointer: int, count: int) -> None:
+        #: See the CUDA Array Interface, version 3, of Numba's documentation.
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (count,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }
+
+
+def _unpin(pointer: int, device: int, cpu: torch.Tensor) -> None:
+    """Gives the memory back to the host, once no work uses it. `cpu` keeps it until then."""
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(pointer)))
+    global _pinned
+    _pinned -= cpu.numel()
