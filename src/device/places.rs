@@ -488,8 +488,9 @@ impl DeviceState {
             return Ok(());
         }
         let on = (stream, self.captures_now(stream)?);
-        // Into host memory, discarding is no cheaper than moving; where there is one memory, nothing is carried.
-        let discard = wanted == Place::Device && self.info.discard && !self.info.integrated;
+        // Into host memory, discarding is no cheaper than moving; where there is one memory, nothing is carried. What
+        // CUDA makes of a discard beside a capture is not known.
+        let discard = wanted == Place::Device && self.info.discard && !self.info.integrated && self.captures.is_empty();
         for run in strays {
             let run = run.start..run.end.min(run.start + room);
             if run.is_empty() {
