@@ -406,7 +406,7 @@ impl Physical {
             return spent + self.first_touch(base, index, who);
         }
         if (write || !page.read_mostly) && self.reaches(&page, who) {
-            let hot = self.coherent && page.heat + 1 >= HOT && page.preferred.place().is_none();
+            let hot = self.coherent && page.heat.saturating_add(1) >= HOT && page.preferred.place().is_none();
             if !hot {
                 self.counters.bytes_remote += bytes;
                 if let Some(page) = self.page_mut(base, index) {
