@@ -5,6 +5,7 @@ mod faults;
 mod hints;
 mod limits;
 mod model;
+mod oversubscription;
 mod private_pools;
 mod room;
 mod shrinking;
