@@ -9,6 +9,7 @@ mod oversubscription;
 mod private_pools;
 mod room;
 mod shrinking;
+mod soak;
 mod streams;
 mod threads;
 mod world;
