@@ -28,6 +28,7 @@ use crate::segments::{Memory, Segment, SegmentId, round_size};
 use crate::stats::{DeviceStats, PlaceStats, StatArray};
 use crate::streams::Waits;
 use crate::thread_cache::{self, Slot, ThreadCache, ThreadId};
+use grow::Relaxed;
 use rustc_hash::FxHashMap;
 use std::sync::Arc;
 
@@ -848,6 +849,8 @@ impl DeviceState {
     /// Frees what has finished waiting.
     #[cold]
     fn process_events(&mut self) -> Result<()> {
+        // Another device, or another thread, may be capturing.
+        let _relaxed = Relaxed::enter(&self.driver)?;
         let mut done = std::mem::take(&mut self.done);
         let result = self
             .waits

@@ -8,7 +8,7 @@
 //! This module knows which blocks wait for what; it does not know what becomes of a block that has finished waiting.
 
 use crate::blocks::BlockId;
-use crate::driver::{DeviceIndex, Driver, Event, Result, Stream};
+use crate::driver::{DeviceIndex, Driver, ErrorKind, Event, Result, Stream};
 use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
 
@@ -69,24 +69,36 @@ impl Waits {
 
     /// A block with uses was freed: records its events. Answers whether there is anything to wait for.
     ///
+    /// A stream may capture although its user's device knows of none: it is another device's, or the program captures by
+    /// itself. An event recorded there would be part of the graph and never complete, so the block is deferred.
+    ///
     /// # Errors
     /// The driver's. Uses whose event could not be recorded are kept, and the block is deferred: it stays
     /// unavailable until the events can be recorded.
     pub fn freed(&mut self, driver: &dyn Driver, block: BlockId) -> Result<bool> {
         let mut uses = self.uses.remove(&block).unwrap_or_default();
         while let Some(next) = uses.last().copied() {
-            if let Err(error) = self.record_event(driver, block, next.stream) {
+            let recorded = self.record_event(driver, block, next.stream);
+            if recorded != Ok(true) {
                 self.uses.insert(block, uses);
                 self.deferred.push_back(block);
-                return Err(error);
+                return recorded.map(|_| true);
             }
             uses.pop();
         }
         Ok(self.outstanding.contains_key(&block))
     }
 
-    fn record_event(&mut self, driver: &dyn Driver, block: BlockId, on: StreamOn) -> Result<()> {
+    /// False: the stream captures.
+    fn record_event(&mut self, driver: &dyn Driver, block: BlockId, on: StreamOn) -> Result<bool> {
         let (device, stream) = on;
+        match driver.stream_is_capturing(device, stream) {
+            Ok(false) => {}
+            Ok(true) => return Ok(false),
+            // The legacy stream may not even be asked while a blocking stream captures.
+            Err(error) if error.kind == ErrorKind::StreamCapture => return Ok(false),
+            Err(error) => return Err(error),
+        }
         let idle = self.idle_events.entry(device).or_default();
         let event = match idle.pop() {
             Some(event) => event,
@@ -98,7 +110,7 @@ impl Waits {
         }
         self.pending.entry(on).or_default().push_back((event, block));
         *self.outstanding.entry(block).or_insert(0) += 1;
-        Ok(())
+        Ok(true)
     }
 
     /// Records the events of deferred frees. Blocks that have nothing to wait for are pushed to `done`.

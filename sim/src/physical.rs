@@ -505,7 +505,7 @@ impl Physical {
             return spent + self.first_touch(base, index, who, write, used);
         }
         if (write || !page.read_mostly) && self.reaches(&page, who) {
-            let hot = self.coherent && page.heat + 1 >= HOT && page.preferred.place().is_none();
+            let hot = self.coherent && page.heat.saturating_add(1) >= HOT && page.preferred.place().is_none();
             if !hot {
                 spent += self.reached(page.at, who, write, used);
                 if let Some(page) = self.page_mut(base, index) {

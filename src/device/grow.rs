@@ -761,6 +761,8 @@ impl DeviceState {
             tracing::debug!(device = self.device, "cached memory is kept while a capture or a MemPool is underway");
             return Ok(());
         }
+        // No stream of this device captures, but one of another may.
+        let _relaxed = Relaxed::enter(&self.driver)?;
         let mut first = Ok(());
         if mempool == DEFAULT_POOL {
             self.synchronize_events(None)?;

@@ -88,9 +88,10 @@ impl HostMemoryFiles {
         if let Some(cgroups) = &self.cgroups {
             // No such file: a kernel without cgroups.
             if let Some(text) = read_if_there(&cgroups.membership)? {
+                let machine = memory.total;
                 for limit in parse_membership(&text, &cgroups.membership)?.iter().flat_map(|g| g.folders(&cgroups.root))
                 {
-                    memory = limit.tighten(memory)?;
+                    memory = limit.tighten(memory, machine)?;
                 }
             }
         }
@@ -163,8 +164,9 @@ struct Folder {
 }
 
 impl Folder {
-    /// What is left of `memory` under this cgroup's limit.
-    fn tighten(&self, memory: HostMemory) -> Result<HostMemory> {
+    /// What is left of `memory` under this cgroup's limit, on a machine with so many bytes. A wider limit than that of
+    /// another cgroup may still be the tighter one: others may have used it up.
+    fn tighten(&self, memory: HostMemory, machine: u64) -> Result<HostMemory> {
         // `memory.high` counts as a limit: over it a process is not killed but slowed to a halt.
         let (limits, usage, reclaimable): (&[&str], _, _) = match self.version {
             Version::V1 => (&["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_inactive_file"),
@@ -178,7 +180,7 @@ impl Folder {
             }
         }
         // Version 1 writes "no limit" as a number near 2^63: any limit above the machine's memory says nothing.
-        let Some(limit) = limit.filter(|&limit| limit < memory.total) else { return Ok(memory) };
+        let Some(limit) = limit.filter(|&limit| limit < machine) else { return Ok(memory) };
         let file = self.path.join(usage);
         let Some(text) = read_if_there(&file)? else { return Ok(memory) };
         let usage = parse_bytes(text.trim(), &file, 1)?;
@@ -188,7 +190,7 @@ impl Folder {
             None => 0,
         };
         let available = limit.saturating_sub(usage.saturating_sub(reclaimable));
-        Ok(HostMemory { total: limit, available: memory.available.min(available) })
+        Ok(HostMemory { total: memory.total.min(limit), available: memory.available.min(available) })
     }
 }
 
@@ -424,6 +426,47 @@ mod tests {
         assert_eq!(sandbox.read(), Ok(mib(512, 112)));
         sandbox.write("cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
         assert_eq!(sandbox.read(), Ok(mib(4096, 2048)), "near 2^63 is no limit");
+    }
+
+    #[test]
+    fn what_changes_while_the_process_runs_is_seen_at_once() {
+        let sandbox = Sandbox::new("changes");
+        sandbox.write("membership", "0::/job\n");
+        sandbox.write("cgroup/job/memory.max", &format!("{}\n", 1024 * MIB));
+        sandbox.write("cgroup/job/memory.current", &format!("{}\n", 100 * MIB));
+        let files = sandbox.files();
+        let read = || files.read(&[]).unwrap();
+        assert_eq!(read(), mib(1024, 924));
+        // Others in the cgroup take some.
+        sandbox.write("cgroup/job/memory.current", &format!("{}\n", 900 * MIB));
+        assert_eq!(read(), mib(1024, 124));
+        // Others on the machine take more.
+        sandbox.write("meminfo", &MEMINFO.replace("2097152", &format!("{}", 50 * 1024)));
+        assert_eq!(read(), mib(1024, 50));
+        // The limit falls under what is used already, and is lifted.
+        sandbox.write("cgroup/job/memory.max", &format!("{}\n", 512 * MIB));
+        assert_eq!(read(), mib(512, 0));
+        sandbox.write("cgroup/job/memory.max", "max\n");
+        assert_eq!(read(), mib(4096, 50));
+    }
+
+    #[test]
+    fn cgroups_of_version_1_nest_too_and_both_versions_count() {
+        let sandbox = Sandbox::new("nested");
+        sandbox.write("membership", "5:memory:/slurm/job/step\n0::/session\n");
+        for (folder, limit, usage) in [("slurm/job/step", 900, 10), ("slurm/job", 800, 700), ("slurm", 2000, 100)] {
+            sandbox.write(&format!("cgroup/memory/{folder}/memory.limit_in_bytes"), &format!("{}\n", limit * MIB));
+            sandbox.write(&format!("cgroup/memory/{folder}/memory.usage_in_bytes"), &format!("{}\n", usage * MIB));
+        }
+        assert_eq!(sandbox.read(), Ok(mib(800, 100)), "the job's, not the step's");
+        // A wider limit that others have used up is the tighter one.
+        sandbox.write("cgroup/memory/slurm/memory.usage_in_bytes", &format!("{}\n", 1970 * MIB));
+        assert_eq!(sandbox.read(), Ok(mib(800, 30)));
+        sandbox.write("cgroup/memory/slurm/memory.usage_in_bytes", "0\n");
+        // "Hybrid": version 2 beside it.
+        sandbox.write("cgroup/unified/session/memory.max", &format!("{}\n", 1000 * MIB));
+        sandbox.write("cgroup/unified/session/memory.current", &format!("{}\n", 960 * MIB));
+        assert_eq!(sandbox.read().unwrap().available, 40 * MIB);
     }
 
     #[test]

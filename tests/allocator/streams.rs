@@ -2,6 +2,7 @@
 
 use crate::world::{MIB, World};
 use torch_uvm::driver::CaptureMode;
+use torch_uvm::pools::DEFAULT_POOL;
 use torch_uvm_sim::{CaptureStatus, Config, EntryPoint, Schedule};
 
 #[test]
@@ -170,5 +171,49 @@ fn empty_cache_waits_for_events() {
     world.allocator.empty_cache((0, 0), None).unwrap();
     assert_eq!(world.reserved(), 0);
     assert_eq!(world.allocator.device_stats(0).unwrap().num_sync_all_streams, 1);
+    world.finish();
+}
+
+#[test]
+fn a_capture_is_not_spoilt_by_another_devices_memory() {
+    let world = World::new(Config::small_gh200().devices(2), "");
+    let there = world.machine.stream_create(1, true, 0).unwrap();
+    let elsewhere = world.machine.stream_create(1, true, 0).unwrap();
+    // Cached memory, and a free that waits.
+    world.allocator.free(world.allocator.allocate(1, 30 * MIB, there, None).unwrap(), None).unwrap();
+    let waits = world.allocator.allocate(1, 3 * MIB, there, None).unwrap();
+    world.machine.memset_async(1, waits.0, 1, 1, 3 * MIB, elsewhere).unwrap();
+    world.allocator.record_stream(waits, 1, elsewhere).unwrap();
+    world.allocator.free(waits, None).unwrap();
+
+    world.machine.begin_capture(0, world.streams[0], CaptureMode::Global).unwrap();
+    let ptr = world.allocator.allocate(1, 3 * MIB, there, None).expect("events are asked about");
+    world.allocator.free(ptr, None).unwrap();
+    world.allocator.empty_cache(DEFAULT_POOL, None).expect("events are waited for, and memory goes");
+    assert_eq!(world.allocator.device_stats(1).unwrap().reserved_bytes.aggregate.current, 0);
+    let graph = world.machine.end_capture(0, world.streams[0]).expect("the capture was not spoilt");
+    world.machine.graph_destroy(graph).unwrap();
+    world.finish();
+}
+
+#[test]
+fn a_free_waits_while_a_stream_that_used_the_memory_captures() {
+    let world = World::new(Config::small_gh200().devices(2), "");
+    let there = world.machine.stream_create(1, true, 0).unwrap();
+    let pair = [(); 2].map(|()| world.allocator.allocate(1, 3 * MIB, there, None).unwrap());
+    world.allocator.record_stream(pair[0], 0, world.streams[0]).unwrap();
+    // Device 1 knows nothing of this capture.
+    world.machine.begin_capture(0, world.streams[0], CaptureMode::Global).unwrap();
+    world.allocator.free(pair[0], None).unwrap();
+    let other = world.allocator.allocate(1, 3 * MIB, there, None).unwrap();
+    assert_ne!(other, pair[0], "nobody knows whether it is still used");
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    world.check();
+    let graph = world.machine.end_capture(0, world.streams[0]).expect("the capture was not spoilt");
+    world.machine.graph_destroy(graph).unwrap();
+    world.machine.device_synchronize(0).unwrap();
+    for ptr in [pair[1], other] {
+        world.allocator.free(ptr, None).unwrap();
+    }
     world.finish();
 }

@@ -42,6 +42,29 @@ def test_more_than_the_device_holds() -> None:
         check(tensor, seed, f"tensor {seed}")
 
 
+@pytest.mark.parametrize("pattern", ["gpu_first", "balanced", "cpu_first"])
+@on_device(
+    "use_uvm:True,uvm_access_pattern:{pattern},uvm_host_reserve_mb:64", hbm="128MiB", host="1GiB", uvm_only=True
+)
+def test_up_to_five_times_the_device(pattern: str) -> None:
+    """1.5, 3 and 5 times the device's memory, one after the other: every byte read back each time; then the cap."""
+    tensors: list[torch.Tensor] = []
+    for times in (1.5, 3.0, 5.0):
+        while len(tensors) * 8 * MIB < times * 128 * MIB:
+            tensors.append(filled(len(tensors), 8 * MIB))
+        same(torch.cuda.memory_allocated(), int(times * 128) * MIB)
+        for seed, tensor in enumerate(tensors):
+            check(tensor, seed, f"tensor {seed} at {times} times the device, {pattern}")
+    _, text = hoard(8 * MIB)
+    assert "uvm_oversubscription_ratio" in text, text
+    for seed, tensor in enumerate(tensors):
+        check(tensor, seed, f"tensor {seed} after the error, {pattern}")
+    tensors.clear()
+    del tensor
+    torch.cuda.empty_cache()
+    same(torch.cuda.memory_reserved(), 0)
+
+
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 1.5, 3.0])
 @on_device("use_uvm:True,uvm_oversubscription_ratio:{ratio}", uvm_only=True)
 def test_the_ratio_is_a_hard_cap(ratio: float) -> None:

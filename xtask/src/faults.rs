@@ -20,6 +20,8 @@ use crate::wheel::apply;
 const SOURCES: &[&str] = &["Cargo.toml", "Cargo.lock", "build.rs", "src", "sim", "tests", "xtask", "cpp"];
 /// A fault may make a test wait for ever: that counts as red after so many seconds.
 const PATIENCE: &str = "900";
+/// The soak's seed and length here: each fault is to be seen within so many operations.
+const SOAK: &str = "1:20000";
 /// What `timeout` ends with when it had to stop the program.
 const TIMED_OUT: i32 = 124;
 
@@ -118,6 +120,7 @@ fn test(work: &Path) -> Result<Outcome> {
         .args(["test", "--package", "torch-uvm", "--no-fail-fast", "--color", "never"])
         .current_dir(work)
         .env("CARGO_TARGET_DIR", paths::target().join("faults/build"))
+        .env("TORCH_UVM_SOAK", SOAK)
         .stdin(Stdio::null());
     let output = command.output().with_context(|| format!("cannot start `{}`", process::line(&command)))?;
     let text = String::from_utf8_lossy(&output.stdout);
