@@ -232,7 +232,7 @@ impl Tensor {
             (1, _) => (0, bytes),
             (_, 0) => (0, CHUNK),
             (_, 1) => ((bytes - CHUNK) & !3, CHUNK),
-            _ => (mix(u64::from(tag) << 8 | index) % (bytes - CHUNK) & !3, CHUNK),
+            _ => ((mix(u64::from(tag) << 8 | index) % (bytes - CHUNK)) & !3, CHUNK),
         })
     }
 
