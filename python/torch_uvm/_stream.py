@@ -158,6 +158,42 @@ class _Kept:
         self.version = tensor._version
 
 
+class _SavedAround(torch.autograd.Function):
+    """Saves a tensor as the hooks around ours want it: for versions of PyTorch that do not say which these are."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tensor)
+        return anchor.view_as(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class _AroundUnknown:
+    """The hooks around ours, asked by taking ours away for a moment."""
+
+    def __init__(self, hooks: _Hooks) -> None:
+        self._hooks = hooks
+        self._anchor = torch.empty(0, requires_grad=True)
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """A node that keeps it; PyTorch checks its version where there are no hooks."""
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        try:
+            with torch.enable_grad():
+                return _SavedAround.apply(self._anchor, tensor.detach())  # type: ignore[no-untyped-call]
+        finally:
+            torch._C._autograd._push_saved_tensors_default_hooks(self._hooks.pack, self._hooks.unpack)
+
+    @staticmethod
+    def unpack(saved: torch.Tensor) -> Any:
+        """The tensor again."""
+        assert saved.grad_fn is not None
+        return saved.grad_fn.saved_tensors[0]  # type: ignore[attr-defined]
+
+
 class _Hooks:
     """The saved-tensor hooks of one forward. Only the innermost hooks are asked, so they ask those around them."""
 
@@ -165,7 +201,12 @@ class _Hooks:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        around = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+        if around is not None:
+            self._outer = around(True)
+        else:  # PyTorch 2.6
+            unknown = _AroundUnknown(self)
+            self._outer = unknown.pack, unknown.unpack
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """Keeps no view of a slot."""
@@ -255,23 +296,29 @@ class _Pass(_Forward):
             stream._end()
 
 
-#: What torch.compile is to run as it is, while it compiles what is called there.
-_PLAIN = (_Forward.__call__, _Pass.__call__)
 _told_dynamo = False
-for _function in _PLAIN:
+for _function in (_Forward.__call__, _Pass.__call__):
     _function._torchdynamo_disable = True  # type: ignore[attr-defined]  # not inlined into a caller's graph
 
 
 def _tell_dynamo() -> None:
-    """Keeps those functions themselves from being compiled. torch._dynamo takes seconds to import: only if it is there."""
+    """Lets torch.compile leave our functions alone, while it compiles the forwards that they call.
+
+    torch._dynamo takes seconds to import: only if it is there.
+    """
     global _told_dynamo
     if _told_dynamo:
         return
-    skip = getattr(sys.modules.get("torch._dynamo.decorators"), "skip", None)
-    if skip is not None:
-        for function in _PLAIN:
-            skip(function)
-        _told_dynamo = True
+    decorators = sys.modules.get("torch._dynamo.decorators")
+    skip, disable = getattr(decorators, "skip", None), getattr(decorators, "disable", None)
+    if skip is None or disable is None:
+        return
+    _told_dynamo = True
+    for function in (_Forward.__call__, _Pass.__call__):
+        skip(function)
+    for holder, names in ((Stream, ("_enter", "_leave", "_begin", "_end")), (_Hooks, ("pack", "unpack"))):
+        for name in names:
+            setattr(holder, name, disable(getattr(holder, name)))
 
 
 class Stream:
@@ -842,12 +889,12 @@ def stream(
 
     - The order of units is learned; the backward pass fetches weights again and keeps none.
     - `torch.utils.checkpoint` around units works; within one, recomputation reads the weights where they lie.
-    - Under `torch.compile` each unit's forward is compiled by itself. CUDA graphs cannot be captured: not
-      `mode="reduce-overhead"` either.
+    - Under `torch.compile` each unit's forward is compiled by itself (a unit that is one of PyTorch's own modules runs as
+      it is). A CUDA graph cannot be captured; `mode="reduce-overhead"` is not for it.
     - Changes that PyTorch does not count (through `.data`) are seen from the next pass on, which is a call of the model;
       inside a unit's forward they are lost.
-    - A view of a weight that was made inside a forward and is kept (`weight.detach()`) stays what it was. To use it on
-      another stream, synchronise as for any tensor, or `record_stream` is not enough.
+    - A view of a weight that was made inside a forward and is kept (`weight.detach()`) stays what it was. If another stream
+      uses it, keep it until that is done: `record_stream` alone is not enough.
 
     Args:
         model: its parameters are on the CPU or on one CUDA device.
