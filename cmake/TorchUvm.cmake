@@ -44,7 +44,9 @@ function(torch_uvm_link target)
   # Exported, the symbols of the Rust standard library would meet those of other Rust extensions in the same process.
   # Of a name of ours nothing is to be seen from outside either: cpp/ is compiled with hidden visibility.
   set_property(TARGET ${target} APPEND_STRING PROPERTY LINK_FLAGS " -Wl,--exclude-libs,libtorch_uvm.a")
-  set_source_files_properties(${sources} PROPERTIES COMPILE_OPTIONS "-fvisibility=hidden;-fvisibility-inlines-hidden")
+  if(NOT arg_PLUGIN) # there the whole target is, and options of single files would keep them out of its unity build
+    set_source_files_properties(${sources} PROPERTIES COMPILE_OPTIONS "-fvisibility=hidden;-fvisibility-inlines-hidden")
+  endif()
   # c10_cuda's own calls of target_link_libraries decide whether the keyword is allowed.
   target_link_libraries(${target} PRIVATE "${library}")
   if(NOT arg_PLUGIN) # which chooses its system libraries itself

@@ -12,6 +12,9 @@ import simulated
 from contents import same
 from on_device import about_uvm
 
+#: Takes long, and is the same for every version of PyTorch.
+pytestmark = pytest.mark.one_version
+
 BENCHES = simulated.HERE.parent.parent / "benches"
 
 

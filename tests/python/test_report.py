@@ -25,6 +25,9 @@ except ModuleNotFoundError:  # a patched PyTorch, to which the package need not 
     import torch_uvm
 from torch_uvm import _report_page, _snapshot  # noqa: E402
 
+#: Takes long, and is the same for every version of PyTorch.
+pytestmark = pytest.mark.one_version
+
 MIB = 1 << 20
 GIB = 1 << 30
 

@@ -24,6 +24,9 @@ except ModuleNotFoundError:  # a patched PyTorch, to which the package need not 
     import torch_uvm
 from torch_uvm import _simulate  # noqa: E402
 
+#: Takes long, and is the same for every version of PyTorch.
+pytestmark = pytest.mark.one_version
+
 MIB = 1 << 20
 #: Whether PyTorch loads the package by itself, so that its allocator is heard at a program's end.
 PLUGIN = any(point.value.startswith("torch_uvm.") for point in entry_points(group="torch.backends"))

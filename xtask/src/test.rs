@@ -94,18 +94,24 @@ fn rust() -> Result<()> {
 
 fn adapter(torch: &str, arguments: &[String]) -> Result<()> {
     let ((environment, _), simulator) = (Environment::patched(torch)?, Simulator::prepare()?);
-    python_tests("adapter", &environment, &simulator, arguments)
+    python_tests("adapter", &environment, &simulator, &every_version_only(arguments))
+}
+
+/// The arguments of all runs but that with the newest release, which is the one to prove what is the same for all.
+fn every_version_only(arguments: &[String]) -> Vec<String> {
+    arguments.iter().cloned().chain(["--every-version-only".to_owned()]).collect()
 }
 
 /// The adapter's tests with each release of [`pins::PLUGIN_TESTS`], all of them even if one fails.
 fn plugin(arguments: &[String]) -> Result<()> {
     let (wheel, simulator) = (environment::plugin_wheel()?, Simulator::prepare()?);
     let mut failed = Vec::new();
-    for torch in pins::PLUGIN_TESTS {
+    for (index, torch) in pins::PLUGIN_TESTS.iter().enumerate() {
         let version = torch.version();
         eprintln!("==> test plugin: PyTorch {version}");
         let environment = Environment::stock(torch, &wheel)?;
-        if let Err(error) = python_tests("plugin", &environment, &simulator, arguments) {
+        let arguments = if index == 0 { arguments.to_vec() } else { every_version_only(arguments) };
+        if let Err(error) = python_tests("plugin", &environment, &simulator, &arguments) {
             failed.push(format!("PyTorch {version}: {error:#}"));
         }
     }
