@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -10,19 +9,12 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 import pytest
 from on_device import about_uvm
-from simulated import CHOSEN, HERE, Finished, library_directory
-
-SOURCE = HERE.parent.parent / "python"
-try:
-    import torch_uvm
-except ModuleNotFoundError:  # a patched PyTorch, to which the package need not be installed
-    sys.path.append(str(SOURCE))
-    import torch_uvm
-from torch_uvm import _simulate  # noqa: E402
+from simulated import CHOSEN, library_directory
+from simulating import simulate, torch_uvm, totals_of
+from torch_uvm import _simulate
 
 #: Takes long, and is the same for every version of PyTorch.
 pytestmark = pytest.mark.one_version
@@ -58,34 +50,6 @@ for round in range(2):
             tensor.copy_(host, non_blocking=True)
 host.copy_(tensors[0], non_blocking=True)
 """
-
-
-def simulate(
-    code: str | list[str], folder: Path, *options: str, conf: str = "", libraries: str | None = ""
-) -> tuple[Finished, dict[str, Any]]:
-    """Simulates a Python program, or a command; its end, and the findings of --json (empty where there are none).
-
-    `libraries` stands for TORCH_UVM_SIM_LIB: "" the tests' own, None nothing.
-    """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(CHOSEN)}
-    package = str(Path(torch_uvm.__file__).parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), package)))
-    if libraries is not None:
-        environment["TORCH_UVM_SIM_LIB"] = libraries or str(library_directory())
-    if conf:
-        environment["PYTORCH_CUDA_ALLOC_CONF"] = conf
-    file = folder / "findings.json"
-    command = [sys.executable, "-c", code] if isinstance(code, str) else code
-    done = subprocess.run(
-        [sys.executable, "-m", "torch_uvm", "simulate", "--json", str(file), *options, "--", *command],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    text = file.read_text() if file.exists() else ""
-    return Finished(done.returncode, done.stdout, done.stderr), json.loads(text) if text else {}
 
 
 @about_uvm
@@ -133,11 +97,6 @@ def test_falling_back_to_faults_shows(tmp_path: Path) -> None:
     assert counters["evictions"] > 0 and traffic["evictions"]["bytes_d2h"] == 2 * MIB * counters["evictions"], (
         totals_of(found)
     )
-
-
-def totals_of(found: dict[str, Any]) -> str:
-    """The figures, for the message of a failing assertion."""
-    return json.dumps(found["totals"], indent=1)
 
 
 @pytest.mark.skipif(not PLUGIN, reason="about what torch-uvm's entry point adds in the program")
