@@ -75,7 +75,9 @@ def tasks(experiments: list[str], chosen: list[str], passes: int, quick: bool) -
         least = forward["reserve"] + 4 * (weights // layers)
         limits_ = [weights + forward["reserve"] + (weights // layers)] + [int(share * weights) for share in shares]
         forward["sweep"] = [limit for limit in limits_ if limit >= least]
-        forward["names"] = list(dict.fromkeys(forward["names"] + [n for n in chosen if n in ("copies", "stream", "automatic")]))
+        forward["names"] = list(
+            dict.fromkeys(forward["names"] + [n for n in chosen if n in ("copies", "stream", "automatic")])
+        )
     if {"resident", "copies"} & set(forward["names"]):
         found.append({**forward, "kind": "forward_native", "backend": "native"})
     if set(forward["names"]) - {"resident", "copies"}:
@@ -245,7 +247,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
 
     for folder in (WORK, options.out.resolve().parent):
         folder.mkdir(parents=True, exist_ok=True)
-    look = Job("program", "machine", "native", backends.environment(backends.BACKENDS["native"]), program=HERE / "machine.py")
+    look = Job(
+        "program", "machine", "native", backends.environment(backends.BACKENDS["native"]), program=HERE / "machine.py"
+    )
     jobs = [look]
     for task in tasks(experiments, chosen, passes, options.quick):
         environment = worker_environment(backends.BACKENDS[task["backend"]], {"TORCH_UVM_BEYOND": json.dumps(task)})

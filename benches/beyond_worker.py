@@ -225,13 +225,21 @@ def forward_uvm(task: dict[str, Any], rows: Rows) -> None:
                 measure(lambda: model(x), 1)
                 times = measure(lambda: model(x), few)
                 rows.add(
-                    "forward", "remote", times, batch=batch, limit=task["limit"], link=stack.bytes, digest=digest(model(x))
+                    "forward",
+                    "remote",
+                    times,
+                    batch=batch,
+                    limit=task["limit"],
+                    link=stack.bytes,
+                    digest=digest(model(x)),
                 )
         if "prefetch" in names:
             prefetched(stack, model, inputs, task, rows)
         if "stream" in names:
             streamed("forward", "stream", task["limit"], stack, model, inputs, task, rows)
-            streamed("forward", "stream across passes", task["limit"], stack, model, inputs, task, rows, across_passes=True)
+            streamed(
+                "forward", "stream across passes", task["limit"], stack, model, inputs, task, rows, across_passes=True
+            )
             for limit in task["sweep"]:
                 streamed("sweep", "stream", limit, stack, model, inputs, task, rows)
         del model
@@ -287,9 +295,7 @@ def streamed(
             )
 
 
-def prefetched(
-    stack: Stack, model: nn.Sequential, inputs: dict[int, Tensor], task: dict[str, Any], rows: Rows
-) -> None:
+def prefetched(stack: Stack, model: nn.Sequential, inputs: dict[int, Tensor], task: dict[str, Any], rows: Rows) -> None:
     """torch_uvm.prefetch two layers ahead on a stream of its own."""
     import torch_uvm
 

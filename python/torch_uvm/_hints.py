@@ -150,7 +150,9 @@ def _place(device: Any, tensor: torch.Tensor) -> int:
         raise ValueError(f"device: {device!r} is not allowed: expected 'cpu' or a CUDA device")
     index = tensor.device.index if named.index is None else named.index
     if not 0 <= index < torch.cuda.device_count():
-        raise ValueError(f"device: {device!r} is not there: this process sees {torch.cuda.device_count()} CUDA device(s)")
+        raise ValueError(
+            f"device: {device!r} is not there: this process sees {torch.cuda.device_count()} CUDA device(s)"
+        )
     return index
 
 

@@ -77,7 +77,9 @@ def bytes_of(parameter: torch.Tensor) -> int:
 
 def streamable(parameter: nn.Parameter) -> bool:
     """Whether a parameter is an ordinary one. Those of other kinds (quantised, distributed) stay as they are."""
-    return type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor and parameter.layout == torch.strided
+    return (
+        type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor and parameter.layout == torch.strided
+    )
 
 
 def group(model: nn.Module, largest: int | None = None) -> Groups:
@@ -104,7 +106,9 @@ def group(model: nn.Module, largest: int | None = None) -> Groups:
     groups = Groups()
     for indices in sorted(shared):
         members = [named[index] for index in indices]
-        found = Group(" & ".join(name or "(model)" for name, _, _ in members), [m for _, m, _ in members], shared[indices])
+        found = Group(
+            " & ".join(name or "(model)" for name, _, _ in members), [m for _, m, _ in members], shared[indices]
+        )
         if found.bytes < SMALLEST:
             groups.small.append(found)
         elif members[0][2] == "unit":

@@ -46,9 +46,7 @@ class Slot:
         """Whether no tensor but our own shares its memory."""
         return self._use_count() == self._owned
 
-    def view(
-        self, dtype: torch.dtype, shape: Iterable[int], stride: Iterable[int], offset: int
-    ) -> torch.Tensor:
+    def view(self, dtype: torch.dtype, shape: Iterable[int], stride: Iterable[int], offset: int) -> torch.Tensor:
         """A tensor in it; `offset` in elements."""
         typed = self._typed.get(dtype)
         if typed is None:

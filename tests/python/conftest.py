@@ -12,7 +12,9 @@ import simulated
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--backend native` runs the tests with PyTorch's own allocator."""
     parser.addoption("--backend", choices=("uvm", "native"), default="uvm", help="the allocator under test")
-    parser.addoption("--every-version-only", action="store_true", help="leave out what one version of PyTorch proves for all")
+    parser.addoption(
+        "--every-version-only", action="store_true", help="leave out what one version of PyTorch proves for all"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -72,18 +72,18 @@ def test_a_bad_value(setting: str, allowed: str) -> None:
 def test_a_bad_value_in_the_variable_for_all_accelerators() -> None:
     """PYTORCH_ALLOC_CONF is read too, and the error says that it was there."""
     text = refusal("use_uvm:True", PYTORCH_ALLOC_CONF="uvm_oversubscription_ratio:none")
-    assert all(
-        words in text for words in ("PYTORCH_ALLOC_CONF", "uvm_oversubscription_ratio", "none", "positive")
-    ), text
+    assert all(words in text for words in ("PYTORCH_ALLOC_CONF", "uvm_oversubscription_ratio", "none", "positive")), (
+        text
+    )
 
 
 @about_uvm
 def test_an_unknown_key_of_ours() -> None:
     """The known ones are listed."""
     text = refusal("use_uvm:True,uvm_oversubscription:5.0")
-    assert (
-        "uvm_oversubscription" in text and "uvm_oversubscription_ratio" in text and "uvm_access_pattern" in text
-    ), text
+    assert "uvm_oversubscription" in text and "uvm_oversubscription_ratio" in text and "uvm_access_pattern" in text, (
+        text
+    )
 
 
 @about_uvm

@@ -31,14 +31,19 @@ def test_it_runs(tmp_path: Path) -> None:
     same(found["failures"], [])
     rows = {(row["experiment"], row["name"], row["batch"], row["limit"]): row for row in found["rows"]}
     same(len(rows), len(found["rows"]), "rows that are there twice")
-    names = {experiment: {key[1] for key in rows if key[0] == experiment} for experiment in ("forward", "sweep", "train")}
+    names = {
+        experiment: {key[1] for key in rows if key[0] == experiment} for experiment in ("forward", "sweep", "train")
+    }
     assert names["forward"] >= {"resident", "copies", "stream", "stream across passes", "remote", "naive"}, names
     same(names["sweep"], {"copies", "stream", "automatic"})
     same(len(names["train"]), 6, "kinds of training")
     for key, row in rows.items():
         same(len(row["ms"]), 2, str(key))
         if row["limit"] and "populated_device" in row and row["name"].startswith("stream"):
-            assert row["populated_device"] <= row["limit"] + 40 * 2**20, (key, row)  # a library's workspace is not counted
+            assert row["populated_device"] <= row["limit"] + 40 * 2**20, (
+                key,
+                row,
+            )  # a library's workspace is not counted
     weights = 8 * 1024 * 1024 * 2
     streams = sorted((row["limit"], row["link"]) for key, row in rows.items() if key[:3] == ("sweep", "stream", 1))
     same(streams[-1][1], 0, "all of it stays on the device")

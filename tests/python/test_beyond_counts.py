@@ -18,6 +18,9 @@ from on_device import about_uvm
 from simulated import HERE
 from simulating import simulate
 
+#: Takes long, and is the same for every version of PyTorch.
+pytestmark = pytest.mark.one_version
+
 #: A small GPU whose link is PCIe: what has not been mapped beforehand faults there.
 MACHINE = ("--device", "h100", "--host", "4GiB", "--seed", "late", "--hbm")
 SMALL, LARGER = "96MiB", "192MiB"

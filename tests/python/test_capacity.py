@@ -43,9 +43,7 @@ def test_more_than_the_device_holds() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["gpu_first", "balanced", "cpu_first"])
-@on_device(
-    "use_uvm:True,uvm_access_pattern:{pattern},uvm_host_reserve_mb:64", hbm="128MiB", host="1GiB", uvm_only=True
-)
+@on_device("use_uvm:True,uvm_access_pattern:{pattern},uvm_host_reserve_mb:64", hbm="128MiB", host="1GiB", uvm_only=True)
 def test_up_to_five_times_the_device(pattern: str) -> None:
     """1.5, 3 and 5 times the device's memory, one after the other: every byte read back each time; then the cap."""
     tensors: list[torch.Tensor] = []
@@ -408,7 +406,8 @@ def test_the_fraction_among_the_settings() -> None:
 
 @needs("throw_on_cudamalloc_oom:…", "num_oom_rejections")
 @on_device(
-    "use_uvm:True,uvm_oversubscription_ratio:1.0,throw_on_cudamalloc_oom:True,per_process_memory_fraction:1.0", init=False
+    "use_uvm:True,uvm_oversubscription_ratio:1.0,throw_on_cudamalloc_oom:True,per_process_memory_fraction:1.0",
+    init=False,
 )
 def test_early_refusals_are_counted() -> None:
     """`throw_on_cudamalloc_oom`: what would exceed the limit is refused before CUDA is asked, and counted apart."""

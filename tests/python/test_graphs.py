@@ -171,9 +171,9 @@ def test_events_wait_for_the_end_of_the_capture() -> None:
         address = scratch.data_ptr()
         del scratch
         held = [torch.empty_like(given) for _ in range(3)]
-        assert address not in [
-            one.data_ptr() for one in held
-        ], "handed out while the side stream of the capture reads it"
+        assert address not in [one.data_ptr() for one in held], (
+            "handed out while the side stream of the capture reads it"
+        )
         torch.cuda.current_stream().wait_stream(side)
     for seed in (1, 2):
         load(given, seed)

@@ -192,7 +192,9 @@ def test_segments_and_samples_by_place() -> None:
     small = torch.zeros(16, device="cuda")
     torch_uvm.prefetch(first[: 40 * MIB], "cpu")
     samples = library.place_samples(0)
-    same([(sample.device // MIB, sample.host // MIB) for sample in samples], [(100, 0), (100, 60), (102, 60), (62, 100)])
+    same(
+        [(sample.device // MIB, sample.host // MIB) for sample in samples], [(100, 0), (100, 60), (102, 60), (62, 100)]
+    )
     assert abs(samples[-1].time_us / 1e6 - time.time()) < 60
     same(samples[-1].allocated // MIB, 160)
     segments = {segment.base: segment for segment in library.segments(0)}

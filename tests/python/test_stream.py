@@ -48,7 +48,9 @@ def check(found: torch.Tensor, seed: int, what: object = "") -> None:
     expected = contents(seed)
     host = found.detach().cpu()
     if not torch.equal(host, expected):
-        raise AssertionError(f"{what}: expected weight {seed}, found {host.flatten()[:3]} where {expected.flatten()[:3]}")
+        raise AssertionError(
+            f"{what}: expected weight {seed}, found {host.flatten()[:3]} where {expected.flatten()[:3]}"
+        )
 
 
 class Through(torch.autograd.Function):
@@ -976,9 +978,13 @@ def test_offloaded_state(name: str, when: str) -> None:
     expected = state_bytes(optimizer)
     assert expected >= 8 * UNIT
     assert after.populated_host - start.populated_host >= expected, (start, after)
-    addresses = [value.data_ptr() for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    addresses = [
+        value.data_ptr() for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+    ]
     optimizer.step()
-    found = [value.data_ptr() for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    found = [
+        value.data_ptr() for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+    ]
     same(found, addresses, "state that moves again")
     handle.remove()
     assert "_init_group" not in optimizer.__dict__
