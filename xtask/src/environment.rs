@@ -96,15 +96,23 @@ fn install(step: &Step, venv: &Venv, wheels: &[(&str, &Path)]) -> Result<()> {
         return Ok(());
     }
     stale.iter().try_for_each(|(stamp, _)| stamp.clear())?;
-    // The first time pip brings the CUDA libraries, gigabytes of them; later only the wheels themselves are replaced.
-    let mut pip = venv.pip(["install", "--only-binary=:all:", "--progress-bar=on", "--no-compile"]);
-    if with_packages {
-        pip.args(["--no-deps", "--force-reinstall"]).args(stale.iter().map(|(_, wheel)| wheel));
-    } else {
-        pip.args(pins::TEST_PACKAGES).args(wheels.iter().map(|(_, wheel)| wheel));
-    }
     let names: Vec<_> = wheels.iter().map(|(_, wheel)| shown(wheel).to_string()).collect();
-    process::run(&mut pip).with_context(|| format!("pip could not install {}", names.join(" and ")))?;
+    let install = |arguments: &[&str], wheels: &[&Path]| {
+        let mut pip = venv.pip(["install", "--only-binary=:all:", "--progress-bar=on", "--no-compile"]);
+        pip.args(arguments).args(wheels);
+        process::run(&mut pip).with_context(|| format!("pip could not install {}", names.join(" and ")))
+    };
+    // The first time pip brings the CUDA libraries, gigabytes of them; later only the wheels themselves are replaced, which
+    // pip would not do by itself: their versions are the same.
+    let first_time = !packages.exists();
+    if !with_packages {
+        let all: Vec<_> = wheels.iter().map(|(_, wheel)| *wheel).collect();
+        install(pins::TEST_PACKAGES, &all)?;
+    }
+    if !first_time && !stale.is_empty() {
+        let wheels: Vec<_> = stale.iter().map(|(_, wheel)| *wheel).collect();
+        install(&["--no-deps", "--force-reinstall"], &wheels)?;
+    }
     packages.write()?;
     stale.iter().try_for_each(|(stamp, _)| stamp.write())
 }
