@@ -907,6 +907,7 @@ def stream(
 
     Raises:
         RuntimeError: `use_uvm` is off, the model streams already, or what is left on the device is too little.
+        torch.cuda.OutOfMemoryError: the host has too little memory left to pin the weights. The model is as it was.
         ValueError: an argument is not allowed, or `device_bytes` is too little for the slots.
     """
     enabled_library("stream()")
