@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import simulated
 import torch
 from contents import MIB, check, filled, same
 from on_device import about_uvm, on_device
+
+try:
+    import torch_uvm  # noqa: F401
+except ModuleNotFoundError:  # a patched PyTorch, to which the package need not be installed
+    sys.path.append(str(simulated.HERE.parent.parent / "python"))
 
 LIMITED = "use_uvm:True,uvm_device_limit_mb:128"
 
@@ -214,6 +221,7 @@ def test_what_comes_and_goes_ends_on_the_device() -> None:
     """Weights and activations stay there, optimizer state moves to the host, and then nothing moves."""
     import torch_uvm
 
+    torch_uvm.activate()  # a patched PyTorch, to which the package need not be installed, has not done it
     weights = [filled(seed, 16 * MIB) for seed in range(4)]
     state: list[torch.Tensor] = []
     moved = []
