@@ -8,7 +8,7 @@
 //! This module knows which blocks wait for what; it does not know what becomes of a block that has finished waiting.
 
 use crate::blocks::BlockId;
-use crate::driver::{DeviceIndex, Driver, ErrorKind, Event, Result, Stream};
+use crate::driver::{DeviceIndex, Driver, Event, Result, Stream, captures};
 use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
 
@@ -92,12 +92,8 @@ impl Waits {
     /// False: the stream captures.
     fn record_event(&mut self, driver: &dyn Driver, block: BlockId, on: StreamOn) -> Result<bool> {
         let (device, stream) = on;
-        match driver.stream_is_capturing(device, stream) {
-            Ok(false) => {}
-            Ok(true) => return Ok(false),
-            // The legacy stream may not even be asked while a blocking stream captures.
-            Err(error) if error.kind == ErrorKind::StreamCapture => return Ok(false),
-            Err(error) => return Err(error),
+        if captures(driver, device, stream)? {
+            return Ok(false);
         }
         let idle = self.idle_events.entry(device).or_default();
         let event = match idle.pop() {

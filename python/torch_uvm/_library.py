@@ -23,21 +23,6 @@ LIBRARIES = Path(__file__).parent / "lib"
 PLACE_NUMBERS = 20
 
 
-#: What `_records` holds, which nobody needs while PyTorch is being imported.
-_RECORDS = ("MemoryInfo", "PlaceSample", "PlaceStats", "SegmentPlace")
-
-
-def __getattr__(name: str) -> Any:
-    """The types of what the library answers, made when they are first asked for."""
-    if name not in _RECORDS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import _records
-
-    value = getattr(_records, name)
-    globals()[name] = value
-    return value
-
-
 class Library:
     """A loaded library that has the C interface."""
 
@@ -115,9 +100,9 @@ class Library:
 
     def memory_info(self, device: int) -> MemoryInfo:
         """The memory of a device. RuntimeError where CUDA is not initialised or has no such device."""
-        from ._records import MEMORY_INFO_FIELDS, MemoryInfo
+        from ._records import MEMORY_INFO_NUMBERS, MemoryInfo
 
-        numbers = (ctypes.c_uint64 * len(MEMORY_INFO_FIELDS))()
+        numbers = (ctypes.c_uint64 * MEMORY_INFO_NUMBERS)()
         self._done(self._memory_info(device, ctypes.byref(numbers)))
         return MemoryInfo(*numbers)
 
@@ -176,8 +161,7 @@ class Library:
 
     def set_pool_placement(self, device: int, pool: tuple[int, int], placement: str) -> None:
         """Where what the pool takes from CUDA from now on is placed. RuntimeError where it cannot be set."""
-        if self._set_pool_placement(device, pool[0], pool[1], placement.encode()) < 0:
-            raise RuntimeError(self.last_error())
+        self._done(self._set_pool_placement(device, pool[0], pool[1], placement.encode()))
 
 
 class Plugin(Library):
@@ -194,10 +178,7 @@ class Plugin(Library):
 
         False where there are none. RuntimeError where CUDA was initialised before.
         """
-        done = self._activate()
-        if done < 0:
-            raise RuntimeError(self.last_error())
-        return bool(done > 0)
+        return self._done(self._activate()) > 0
 
     def check_settings(self, settings: str) -> str:
         """PyTorch's part of settings made at run time. ValueError where our part is wrong."""
@@ -208,8 +189,7 @@ class Plugin(Library):
 
     def apply_settings(self, settings: str) -> None:
         """Applies settings that PyTorch has parsed its part of. RuntimeError where that fails."""
-        if self._apply_settings(settings.encode()) < 0:
-            raise RuntimeError(self.last_error())
+        self._done(self._apply_settings(settings.encode()))
 
 
 _plugin: Plugin | None = None

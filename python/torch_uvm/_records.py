@@ -51,8 +51,8 @@ class MemoryInfo:
         )
 
 
-#: `torch_uvm_memory_info_t`: all of them 64-bit numbers, in their order.
-MEMORY_INFO_FIELDS = tuple(field.name for field in fields(MemoryInfo))
+#: How many numbers `torch_uvm_memory_info_t` has: the fields of MemoryInfo in their order, 64 bits each.
+MEMORY_INFO_NUMBERS = len(fields(MemoryInfo))
 
 
 @dataclass(frozen=True)

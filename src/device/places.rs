@@ -4,7 +4,7 @@
 use super::grow::Relaxed;
 use super::{DeviceState, Request};
 use crate::blocks::{Block, BlockId, BlockState};
-use crate::driver::{Advice, DevicePtr, Driver, ErrorKind, Location, Range, Stream};
+use crate::driver::{Advice, DevicePtr, Driver, Location, Range, Stream, captures};
 use crate::error::{Error, Result};
 use crate::history::{Context, PlaceSample};
 use crate::options::AccessPattern;
@@ -274,11 +274,7 @@ impl DeviceState {
 
     /// Whether a stream captures, so that nothing of ours can be queued on it.
     pub(super) fn captures_now(&self, stream: Stream) -> crate::driver::Result<bool> {
-        match self.driver.stream_is_capturing(self.device, stream) {
-            // The legacy stream may not even be asked while a blocking stream captures.
-            Err(error) if error.kind == ErrorKind::StreamCapture => Ok(true),
-            answer => answer,
-        }
+        captures(&*self.driver, self.device, stream)
     }
 
     /// Queues `work` on the side stream in the order of another stream, which does not capture: after what is queued there,

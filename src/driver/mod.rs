@@ -198,6 +198,18 @@ pub struct DriverError {
 /// The result of a driver call.
 pub type Result<T> = std::result::Result<T, DriverError>;
 
+/// Whether a stream captures, so that nothing of ours can be queued on it.
+///
+/// # Errors
+/// Those of [`Driver::stream_is_capturing`], but for the one that itself says that some stream captures: the legacy stream
+/// may not even be asked then.
+pub fn captures(driver: &dyn Driver, device: DeviceIndex, stream: Stream) -> Result<bool> {
+    match driver.stream_is_capturing(device, stream) {
+        Err(error) if error.kind == ErrorKind::StreamCapture => Ok(true),
+        answer => answer,
+    }
+}
+
 /// Everything the allocator asks of CUDA.
 ///
 /// # Rules for all methods

@@ -29,9 +29,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pytorch_suite import BACKENDS, EXCEPTIONS, read_exceptions
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-BACKENDS = ("native", "uvm")
 #: Of the GPU's memory, for all uvm processes together; a little less than the quarter that is allowed.
 SHARE = 0.24
 #: Of it what must be free before anything starts.
@@ -231,7 +232,8 @@ def main() -> int:
     parser.add_argument("--known", type=Path, help="outcomes of an earlier run for what is not run now")
     parser.add_argument("--out", type=Path, default=ROOT / "target" / "pytorch-gpu.json", help="where the outcomes go")
     arguments = parser.parse_args()
-    exceptions = json.loads((HERE / "pytorch_exceptions.json").read_text())["gpu"]
+    suites = {file: Path(file).stem.removeprefix("test_") for file in arguments.files}
+    exceptions = {file: read_exceptions(EXCEPTIONS, "gpu", suite) for file, suite in suites.items()}
     only = json.loads(arguments.only.read_text()) if arguments.only else {}
     known = json.loads(arguments.known.read_text())["files"] if arguments.known else {}
     about = check_gpu_is_free()
@@ -252,7 +254,7 @@ def main() -> int:
             for number, name in enumerate(suspects):
                 part = share / (len(suspects) - number)
                 uvm.update(run.do(file, "uvm", [name], 1, part, tag=100 + number))
-            failed |= report(file, native, uvm, exceptions.get(Path(file).stem.removeprefix("test_"), {}))
+            failed |= report(file, native, uvm, exceptions[file])
             known[file] = results
             arguments.out.write_text(json.dumps({**about, "files": known}, indent=1) + "\n")
     return 1 if failed else 0

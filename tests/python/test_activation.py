@@ -445,7 +445,7 @@ def test_the_python_mirror_of_the_c_interface() -> None:
         assert found
         return re.findall(r"^\s*u?int\d\d_t (\w+);", found[1], re.MULTILINE)
 
-    assert list(_library.MemoryInfo.__dataclass_fields__) == declared("memory_info")
+    assert list(_records.MemoryInfo.__dataclass_fields__) == declared("memory_info")
     assert list(_records.PlaceStats.__dataclass_fields__) == declared("place_stats")
     assert len(declared("place_stats")) == _library.PLACE_NUMBERS
     assert [name for name, _ in _records.SegmentStruct._fields_] == declared("segment")
