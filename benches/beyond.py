@@ -35,7 +35,7 @@ NAMES = {
     "stream": "torch_uvm.stream",
     "remote": "weights in host memory, read where they lie",
     "prefetch": "torch_uvm.prefetch two layers ahead",
-    "naive": "cudaMallocManaged alone: faults migrate",
+    "naive": "cudaMallocManaged alone: faults migrate (training: the optimizer's state alone does)",
     "automatic": "nothing done: gpu_first places what goes beyond the limit",
     "native": "training, native, all on the device",
     "uvm": "training, uvm, all on the device",
@@ -94,7 +94,7 @@ def tasks(experiments: list[str], chosen: list[str], passes: int, quick: bool) -
             "stream_bytes": 30 * MIB if quick else GIB,
             "need": GIB if quick else 11 * GIB,
         }
-        native = [name for name in chosen if name in ("native", "cpu_offload")]
+        native = [name for name in chosen if name in ("native", "cpu_offload", "naive")]
         if native:
             found.append({**train, "kind": "train_native", "backend": "native", "names": native})
         for name in ("uvm", "automatic", "offload", "automatic_little", "stream"):
