@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::history::{Action, Context, History, Labels, PlaceHistory, Recording, TraceEntry, user_metadata};
 use crate::options::{AccessPattern, NativeOptions, Options};
 use crate::pools::{DEFAULT_POOL, List, MempoolId, PoolId, Pools};
-use crate::pressure::{Movers, Pressure};
+use crate::pressure::{Movers, Pressure, Returns};
 use crate::segments::{Memory, Segment, SegmentId, round_size};
 use crate::stats::{DeviceStats, PlaceStats, StatArray};
 use crate::streams::Waits;
@@ -139,6 +139,7 @@ pub struct DeviceState {
     places: PlaceStats,
     pressure: Pressure,
     movers: Movers,
+    returns: Returns,
     /// Bytes freed by the program in all: the clock by which allocations age.
     clock: u64,
     /// Live allocations that were moved out to make room, by address, and the clock then.
@@ -197,6 +198,7 @@ impl DeviceState {
             places: PlaceStats::default(),
             pressure: Pressure::default(),
             movers: Movers::default(),
+            returns: Returns::default(),
             clock: 0,
             moved: FxHashMap::default(),
             history: History::default(),

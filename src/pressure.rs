@@ -45,6 +45,11 @@ impl Pressure {
     pub fn margin(&self, limit: u64, keep: u64) -> u64 {
         if self.stage == Stage::Ample { keep } else { leave(limit, keep) }
     }
+
+    /// How many bytes may come to the device without it being short again.
+    pub fn room(limit: u64, resident: u64, keep: u64) -> u64 {
+        limit.saturating_sub(resident).saturating_sub(leave(limit, keep))
+    }
 }
 
 /// So many bytes must be free before the device is called ample again: half as much again as the threshold, but no more than
@@ -138,6 +143,43 @@ impl Movers {
     }
 }
 
+/// When live memory that was moved out comes back to the device.
+///
+/// It may at once, when the program has given memory back and the device is ample. But one that empties its cache in each step
+/// needs the room again in the next: where what came back had to go again before it had lived long, it waits, and each time
+/// twice as long as the last.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Returns {
+    /// How many quarters of the device limit are freed between a move out and the next return.
+    quarters: u64,
+    /// When memory last moved out, and last came back, in bytes freed.
+    out: Option<u64>,
+    back: Option<u64>,
+}
+
+/// The wait between a move out and a return is at most so many quarters of the device limit: as long as [`OLDEST`].
+const LONGEST: u64 = 4 * OLDEST;
+
+impl Returns {
+    /// Whether memory may come back.
+    pub fn may_return(&self, clock: u64, limit: u64) -> bool {
+        self.out.is_none_or(|out| clock.saturating_sub(out) >= (limit / 4).saturating_mul(self.quarters))
+    }
+
+    /// Memory has come back.
+    pub fn returned(&mut self, clock: u64) {
+        self.back = Some(clock);
+    }
+
+    /// Memory has moved out.
+    pub fn moved_out(&mut self, clock: u64, limit: u64) {
+        if self.back.take().is_some_and(|back| clock.saturating_sub(back) < limit.saturating_mul(AGE)) {
+            self.quarters = (self.quarters * 2).clamp(1, LONGEST);
+        }
+        self.out = Some(clock);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,6 +210,10 @@ mod tests {
         assert_eq!(pressure.margin(100, 20), 20);
         pressure.observe(100, 90, 0, 20);
         assert_eq!(pressure.margin(100, 20), 30);
+        assert_eq!(
+            (Pressure::room(100, 60, 20), Pressure::room(100, 70, 20), Pressure::room(100, 120, 20)),
+            (10, 0, 0)
+        );
         // A threshold that can hardly be reached can be left.
         pressure.observe(100, 50, 0, 90);
         assert_eq!((pressure.stage(), pressure.margin(100, 90)), (Stage::Short, 100));
@@ -201,6 +247,26 @@ mod tests {
         let mut movers = Movers::default();
         movers.grew(1000, 100);
         assert!(!movers.may_search(1199) && movers.may_search(1200));
+    }
+
+    #[test]
+    fn returns_become_rarer_where_they_do_not_last() {
+        let mut returns = Returns::default();
+        returns.moved_out(1000, 100);
+        assert!(returns.may_return(1000, 100), "the first at once");
+        returns.returned(1000);
+        returns.moved_out(1200, 100);
+        assert!(returns.may_return(1200, 100), "it had been back for long");
+        let mut waits = Vec::new();
+        let mut clock = 2000;
+        for _ in 0..12 {
+            returns.returned(clock);
+            returns.moved_out(clock + 10, 100);
+            let wait = (0..).find(|wait| returns.may_return(clock + 10 + wait, 100)).unwrap();
+            waits.push(wait);
+            clock += 10 + wait;
+        }
+        assert_eq!(waits, [25, 50, 100, 200, 400, 800, 1600, 3200, 6400, 6400, 6400, 6400]);
     }
 
     #[test]

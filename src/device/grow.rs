@@ -743,7 +743,8 @@ impl DeviceState {
 
     /// Gives all wholly free segments back, and the free pages of others: those of the default pool and of pools that nobody
     /// holds, or only those of one such pool. Nothing while a CUDA graph is captured or a MemPool is in use, as `native`: giving
-    /// memory back waits for the device, which no capture survives.
+    /// memory back waits for the device, which no capture survives. Where the device is ample then, live memory that was moved
+    /// out comes back.
     ///
     /// # Errors
     /// The driver's.
@@ -784,6 +785,9 @@ impl DeviceState {
             self.abandon(orphan);
         }
         self.note_pressure(0);
+        if mempool == DEFAULT_POOL {
+            first = first.and(self.bring_back());
+        }
         first
     }
 

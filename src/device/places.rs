@@ -11,7 +11,7 @@ use crate::options::AccessPattern;
 use crate::pages::{self, PAGE};
 use crate::placement;
 use crate::pools::{DEFAULT_POOL, MempoolId};
-use crate::pressure::Resident;
+use crate::pressure::{Pressure, Resident, Stage};
 use crate::segments::{Memory, Place, Segment, SegmentId};
 use crate::stats::{PlaceStats, format_size};
 use std::ops;
@@ -153,9 +153,58 @@ impl DeviceState {
         for (address, bytes) in chosen {
             self.move_out(self.find(DevicePtr(address))?, bytes / PAGE, stream)?;
         }
+        self.returns.moved_out(clock, limit);
         self.places.hard_reclamations += 1;
         self.places.reclaimed += wanted;
         Ok(true)
+    }
+
+    /// Brings live memory that was moved out back to the device, what is oldest first, as far as the device stays ample
+    /// ([`Returns`](crate::pressure::Returns)). The work that uses it meanwhile is not waited for, nor has it to wait.
+    ///
+    /// # Errors
+    /// The driver's. What has come back stays.
+    pub(super) fn bring_back(&mut self) -> Result<()> {
+        let (clock, limit) = (self.clock, self.budget.device_limit());
+        let ample = self.pressure.stage() == Stage::Ample && self.options.access_pattern == AccessPattern::GpuFirst;
+        if self.moved.is_empty() || !ample || !self.options.prefetch || !self.returns.may_return(clock, limit) {
+            return Ok(());
+        }
+        let mut room = Pressure::room(limit, self.populated.device, self.keep_free()) / PAGE;
+        let mut away: Vec<_> = self.moved.keys().filter_map(|address| self.live.get(address).copied()).collect();
+        away.sort_unstable_by_key(|&block| (self.blocks[block].born, self.blocks[block].address));
+        let side = self.side_stream()?;
+        for block in away {
+            let Block { address, bytes, segment: id, .. } = self.blocks[block];
+            let segment = self.segment(id);
+            let astray = |page| Self::lies(segment, page) == Place::Host && !segment.marks.advised.contains(page);
+            let runs = pages::runs(pages::inside(address - segment.base.0, bytes), astray);
+            let mut left = false;
+            for run in runs {
+                let back = run.start..run.end.min(run.start + room);
+                left |= back.end < run.end;
+                if back.is_empty() {
+                    break;
+                }
+                room -= back.end - back.start;
+                self.readvise(id, back.clone(), Place::Device)?;
+                self.carry(id, back.clone(), Place::Device, false, (side, false))?;
+                let bytes = self.count_moved(id, back, Place::Device);
+                self.returns.returned(clock);
+                tracing::debug!(
+                    device = self.device,
+                    address = format_args!("{address:#x}"),
+                    bytes,
+                    "live memory came back"
+                );
+            }
+            if !left {
+                self.moved.remove(&address);
+            }
+            self.blocks[block].has_marks = self.is_marked(block);
+        }
+        self.note_pressure(0);
+        Ok(())
     }
 
     /// The live allocations that may move out: of the default pool and of MemPools (a graph's memory is used where it was

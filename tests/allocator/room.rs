@@ -133,6 +133,57 @@ fn what_came_last_moves_and_only_as_much_as_is_needed() {
 }
 
 #[test]
+fn what_moved_out_comes_back_where_the_room_lasts() {
+    let (mut world, old) = full();
+    let new = world.tensor(30 * MIB, 0).unwrap();
+    let out = stats(&world).moved_out;
+    assert_eq!(on_host(&world, &old[1]), out);
+    assert!(out > 0);
+    world.free(new);
+    assert_eq!(on_host(&world, &old[1]), out, "cached memory has the device");
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    assert_eq!((on_host(&world, &old[1]), stats(&world).moved_to_device), (0, out));
+    let advice = world.machine.range_advice(Range { ptr: old[1].ptr, bytes: old[1].bytes }).unwrap();
+    assert_eq!(advice.preferred, Some(Location::Device(0)));
+    // A program that empties its cache in each step and needs the room again in the next.
+    let mut moves = Vec::new();
+    for _ in 0..40 {
+        let new = world.tensor(30 * MIB, 0).unwrap();
+        world.verify(&old[1]);
+        world.free(new);
+        world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+        moves.push(stats(&world).moves_out);
+    }
+    assert!(moves[9] >= 3 && moves[39] <= moves[9] + 3, "it comes back ever more rarely: {moves:?}");
+    for tensor in old {
+        world.verify(&tensor);
+        world.free(tensor);
+    }
+    world.finish();
+}
+
+#[test]
+fn only_as_much_comes_back_as_leaves_the_device_ample() {
+    let mut world = World::new(config(), "uvm_device_limit_mb:128,uvm_stage1_min_bytes:16777216");
+    let old = [50, 50].map(|mib| world.tensor(mib * MIB, 0).unwrap());
+    age(&world, 300 * MIB);
+    let (kept, new) = (world.tensor(20 * MIB, 0).unwrap(), world.tensor(30 * MIB, 2).unwrap());
+    let out = on_host(&world, &old[1]);
+    assert!(out >= 20 * MIB, "{out}");
+    world.free(new);
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    let after = stats(&world);
+    assert_eq!(after.stage, 0, "{after:?}");
+    assert!(on_host(&world, &old[1]) > 0 && after.moved_to_device > 0, "{after:?}");
+    assert!(after.device.current <= 104 * MIB && after.device.current > 100 * MIB, "{after:?}");
+    for tensor in old.into_iter().chain([kept]) {
+        world.verify(&tensor);
+        world.free(tensor);
+    }
+    world.finish();
+}
+
+#[test]
 fn moves_that_are_regretted_are_counted_and_become_rarer() {
     let (mut world, [kept, old]) = full();
     let new = world.tensor(30 * MIB, 0).unwrap();
