@@ -12,6 +12,7 @@ from typing import Any, Optional
 
 import torch
 
+from ._owners import Owners
 from ._pools import placement
 
 
@@ -23,10 +24,9 @@ class Slot:
         # Not a tensor of inference mode, whatever the caller runs in: it is written later in any mode.
         with torch.inference_mode(False), placement("device", device):
             self.buffer = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
-        self._storage = self.buffer.untyped_storage()  # kept, so that its own count in use_count is always there
-        self.pointer = self._storage.data_ptr()
+        self._owners = Owners(self.buffer)
+        self.pointer = self.buffer.data_ptr()
         self._typed: dict[torch.dtype, torch.Tensor] = {}
-        self._owned = self._use_count()
         #: Number of the unit whose weights it holds; None for no valid contents.
         self.unit: Optional[int] = None
         #: The weights' versions when they were copied.
@@ -39,12 +39,9 @@ class Slot:
         self._events: dict[int, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
         self._pending: list[torch.cuda.Event] = []
 
-    def _use_count(self) -> int:
-        return int(torch._C._storage_Use_Count(self._storage._cdata))
-
     def idle(self) -> bool:
         """Whether no tensor but our own shares its memory."""
-        return self._use_count() == self._owned
+        return self._owners.alone()
 
     def view(self, dtype: torch.dtype, shape: Iterable[int], stride: Iterable[int], offset: int) -> torch.Tensor:
         """A tensor in it; `offset` in elements."""
@@ -53,7 +50,7 @@ class Slot:
             with torch.inference_mode(False):
                 whole = self.buffer.numel() // dtype.itemsize * dtype.itemsize
                 typed = self._typed[dtype] = self.buffer[:whole].view(dtype)
-            self._owned += 1
+            self._owners.one_more()
         return torch.as_strided(typed, shape, stride, offset)  # type: ignore[arg-type]
 
     def hand_out(self, stream: torch.cuda.Stream) -> None:

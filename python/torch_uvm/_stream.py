@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ._library import size as in_words
 from ._order import BACKWARD, FORWARD, START, Order
+from ._owners import Owners
 from ._plan import SMALLEST, Choice, Group, Groups, aligned, bytes_of, choose, group
 from ._pinned import Pinned
 from ._pools import empty_cache, placement
@@ -780,8 +781,7 @@ class _HostGradients:
     """Moves each gradient into host memory as soon as it is complete."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        #: As a CUDA tensor, and as the CPU tensor to copy to.
-        self._kept: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kept: dict[nn.Parameter, _HostGradient] = {}
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._moved)
             for parameter in parameters
@@ -792,13 +792,13 @@ class _HostGradients:
         grad = parameter.grad
         if grad is None or grad.layout != torch.strided or grad.requires_grad:
             return  # sparse ones are small; one with a graph (create_graph) is part of it
-        kept, host = self._kept.get(parameter, (None, None))  # type: ignore[call-overload]
-        if kept is not None and grad.data_ptr() == kept.data_ptr():
+        kept = self._kept.get(parameter)  # type: ignore[call-overload]
+        if kept is not None and grad.data_ptr() == kept.cuda.data_ptr():
             return
-        if kept is None or kept.dtype != grad.dtype or kept.shape != grad.shape or not _sole_owner(kept):
-            kept, host = self._kept[parameter] = _host_like(grad)  # type: ignore[index]
-        host.copy_(grad, non_blocking=True)
-        parameter.grad = kept.view_as(kept)
+        if kept is None or not kept.serves(grad):
+            kept = self._kept[parameter] = _HostGradient(grad)  # type: ignore[index]
+        kept.host.copy_(grad, non_blocking=True)
+        parameter.grad = kept.cuda.view_as(kept.cuda)
 
     def remove(self) -> None:
         """No more of this. Gradients stay where they are."""
@@ -807,18 +807,34 @@ class _HostGradients:
         self._kept.clear()
 
 
-def _host_like(grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Host memory for a gradient, as a CUDA tensor and as what to copy to: for small ones, which are not worth pinning, the
-    same one."""
-    if bytes_of(grad) < SMALLEST:
+class _HostGradient:
+    """Host memory for a gradient."""
+
+    __slots__ = ("_owners", "cuda", "host")
+
+    def __init__(self, grad: torch.Tensor) -> None:
+        """Pinned memory; for small gradients, which are not worth that, memory of the allocator's."""
+        #: As a CUDA tensor, and as the tensor to copy to.
+        self.cuda, self.host = self._small(grad) if bytes_of(grad) < SMALLEST else self._large(grad)
+        self._owners = Owners(self.cuda)
+
+    @staticmethod
+    def _small(grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with placement("cpu_first", grad.device):
             kept = torch.empty_like(grad)
         return kept, kept
-    pinned = Pinned(bytes_of(grad), grad.device.index)
-    cuda, cpu = (
-        torch.as_strided(flat.view(grad.dtype), grad.shape, _strides(grad)) for flat in (pinned.cuda, pinned.cpu)
-    )
-    return cuda, cpu
+
+    @staticmethod
+    def _large(grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pinned = Pinned(bytes_of(grad), grad.device.index)
+        cuda, host = (
+            torch.as_strided(flat.view(grad.dtype), grad.shape, _strides(grad)) for flat in (pinned.cuda, pinned.cpu)
+        )
+        return cuda, host
+
+    def serves(self, grad: torch.Tensor) -> bool:
+        """Whether it can take this gradient: it is like it, and nobody holds the last one."""
+        return self.cuda.dtype == grad.dtype and self.cuda.shape == grad.shape and self._owners.alone()
 
 
 def _ordinary(host: torch.Tensor) -> torch.Tensor:
@@ -828,12 +844,6 @@ def _ordinary(host: torch.Tensor) -> torch.Tensor:
     except torch.cuda.OutOfMemoryError:
         empty_cache()  # what weights before this one have left in the host's pools
         return torch.empty_like(host).copy_(host)
-
-
-def _sole_owner(tensor: torch.Tensor) -> bool:
-    """Whether no other tensor shares its memory: the storage is held by it and by the object that asks."""
-    storage = tensor.untyped_storage()
-    return int(torch._C._storage_Use_Count(storage._cdata)) <= 2
 
 
 def _strides(parameter: torch.Tensor) -> tuple[int, ...]:

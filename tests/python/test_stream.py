@@ -611,6 +611,20 @@ def test_backward(gradients: str) -> None:
 
 
 @on_device(uvm_only=True)
+def test_memory_of_gradients_is_used_again() -> None:
+    """Step after step, where nobody holds the last ones: pinning it takes longer than a step."""
+    model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(5)]).cuda()
+    places = []
+    with torch_uvm.stream(model, ahead=1, device_bytes=9 * MIB, gradients="host") as stream:
+        same(stream.statistics().streamed_units, 5)
+        for _ in range(3):
+            model(torch.ones(2, 1024, device="cuda")).backward(torch.ones(2, 1024, device="cuda"))
+            places.append([parameter.grad.data_ptr() for parameter in model.parameters()])
+            model.zero_grad()
+    same(places[1:], [places[0]] * 2)
+
+
+@on_device(uvm_only=True)
 def test_gradients_add_up() -> None:
     """In host memory too, and what somebody still holds is not overwritten."""
     model = stack(5)

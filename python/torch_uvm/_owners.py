@@ -1,0 +1,27 @@
+"""Who holds memory: whether a tensor's bytes may be overwritten is known from the number of those who share its storage."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Owners:
+    """The storage of a tensor of ours, and how many of its owners are our own."""
+
+    __slots__ = ("_ours", "_storage")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        """All who share the tensor's storage now are ours: the tensor, and those that it is a view of."""
+        self._storage = tensor.untyped_storage()  # kept: its own reference is then always among those counted
+        self._ours = self._count()
+
+    def _count(self) -> int:
+        return int(torch._C._storage_Use_Count(self._storage._cdata))
+
+    def one_more(self) -> None:
+        """Another tensor of ours shares it."""
+        self._ours += 1
+
+    def alone(self) -> bool:
+        """Whether nobody but us shares it."""
+        return self._count() == self._ours
