@@ -322,7 +322,14 @@ impl DeviceState {
         let list = &mut self.pools[request.list];
         list.requests += 1;
         if max_split == u64::MAX {
-            list.free.best_fit(&self.blocks, request.rounded)
+            // The end of a growing segment is taken last: there a large request grows in place, elsewhere it needs a hole of its
+            // size (wilderness preservation; Wilson, Johnstone, Neely and Boles, Dynamic Storage Allocation, 1995, 3.3).
+            let is_end = |block: &Block| block.growing && block.next == BlockId::NONE;
+            let found = list.free.best_fit(&self.blocks, request.rounded)?;
+            if !is_end(&self.blocks[found]) || self.blocks[found].bytes == request.rounded {
+                return Some(found);
+            }
+            list.free.find(&self.blocks, request.rounded, |block| !is_end(block)).or(Some(found))
         } else {
             // Oversize blocks are segments of their own: neither split for small requests, nor wasted on much smaller ones.
             let ceiling = request.rounded.saturating_add(self.native.max_non_split_rounding_size);

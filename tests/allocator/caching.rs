@@ -62,6 +62,26 @@ fn changing_shapes_tile_into_one_range() {
 }
 
 #[test]
+fn the_end_of_a_growing_segment_is_taken_last() {
+    let world = World::small();
+    let [hole, between] = [64, 2].map(|mib| world.empty(mib * MIB, 0).unwrap());
+    world.allocator.free(hole, None).unwrap();
+    let end = between.offset(2 * MIB);
+    assert_eq!(world.reserved(), (64 + 20 - 4) * MIB, "the step has left 14 MiB at the end");
+    let small = world.empty(10 * MIB, 0).unwrap();
+    assert_eq!(small, hole, "the end fits better, but there a large request can grow");
+    let large = world.empty(70 * MIB, 0).unwrap();
+    assert_eq!((large, world.reserved()), (end, (64 + 2 + 70) * MIB));
+    world.allocator.free(large, None).unwrap();
+    let [exact, last] = [70, 54].map(|mib| world.empty(mib * MIB, 0).unwrap());
+    assert_eq!((exact, last), (end, hole.offset(10 * MIB)), "what fits exactly is taken wherever it is");
+    for ptr in [between, small, exact, last] {
+        world.allocator.free(ptr, None).unwrap();
+    }
+    world.finish();
+}
+
+#[test]
 fn neighbours_merge_whatever_the_order_of_frees() {
     let world = World::small();
     let blocks: Vec<DevicePtr> = (0..8).map(|_| world.empty(2 * MIB + 512, 0).unwrap()).collect();
