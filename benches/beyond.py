@@ -41,6 +41,7 @@ NAMES = {
     "uvm": "training, uvm, all on the device",
     "offload": "training, torch_uvm.offload_optimizer",
     "automatic_little": "training, nothing done, with the smaller limit",
+    "plain": "training, the model in plain device memory, and nothing else done",
     "cpu_offload": "training, AdamW on the CPU (ZeRO-Offload's scheme)",
 }
 EXPERIMENTS = {
@@ -97,7 +98,7 @@ def tasks(experiments: list[str], chosen: list[str], passes: int, quick: bool) -
         native = [name for name in chosen if name in ("native", "cpu_offload", "naive")]
         if native:
             found.append({**train, "kind": "train_native", "backend": "native", "names": native})
-        for name in ("uvm", "automatic", "offload", "automatic_little", "stream"):
+        for name in ("uvm", "automatic", "plain", "offload", "automatic_little", "stream"):
             if name in chosen:
                 found.append({**train, "kind": "train_uvm", "backend": "uvm", "names": [name]})
     return found

@@ -505,9 +505,11 @@ def train_uvm(task: dict[str, Any], rows: Rows) -> None:
     import torch_uvm
 
     name = task["names"][0]
-    limit = {"uvm": None, "automatic": task["some"], "offload": task["some"]}.get(name, task["little"])
+    some = dict.fromkeys(("automatic", "plain", "offload"), task["some"])
+    limit = {"uvm": None, **some}.get(name, task["little"])
     set_limit(limit)
-    training = Training(task)
+    with torch_uvm.placement("device") if name == "plain" else nullcontext():
+        training = Training(task)
     if name in ("offload", "stream"):
         torch_uvm.offload_optimizer(training.optimizer)
     stream = nullcontext()
@@ -517,6 +519,7 @@ def train_uvm(task: dict[str, Any], rows: Rows) -> None:
         "uvm": "uvm, all resident",
         "automatic": "uvm, automatic",
         "automatic_little": "uvm, automatic",
+        "plain": "uvm, model in plain device memory",
         "offload": "uvm, offload_optimizer",
         "stream": "uvm, stream + offload_optimizer",
     }[name]

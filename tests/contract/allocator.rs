@@ -37,7 +37,8 @@ impl Hooks for NoHooks {
 /// An allocator whose capacity is half of what the suite may hold.
 fn allocator(machine: &dyn Machine, conf: &str) -> Allocator {
     let total = machine.driver().device_info(DEVICE).unwrap().total_memory;
-    let ratio = (MANAGED_BUDGET / 2) as f64 / total as f64;
+    // Half a byte more: the capacity is rounded down.
+    let ratio = ((MANAGED_BUDGET / 2) as f64 + 0.5) / total as f64;
     let conf = format!("use_uvm:True,uvm_oversubscription_ratio:{ratio},{conf}");
     let allocator = Allocator::new(machine.shared_driver(), Arc::new(NoHooks), Options::parse(&conf).unwrap().options);
     allocator.init(1).unwrap();

@@ -36,7 +36,7 @@ def test_it_runs(tmp_path: Path) -> None:
     }
     assert names["forward"] >= {"resident", "copies", "stream", "stream across passes", "remote", "naive"}, names
     same(names["sweep"], {"copies", "stream", "automatic"})
-    same(len(names["train"]), 7, "kinds of training")
+    same(len(names["train"]), 8, "kinds of training")
     for key, row in rows.items():
         same(len(row["ms"]), 2, str(key))
         if row["limit"] and "populated_device" in row and row["name"].startswith("stream"):
