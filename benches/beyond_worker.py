@@ -315,7 +315,7 @@ def prefetched(stack: Stack, model: nn.Sequential, inputs: dict[int, Tensor], ta
                 with torch.cuda.stream(side):
                     if len(done) >= 2:
                         side.wait_event(done[-2])
-                    prefetch(weights[len(ready)], "device")
+                    prefetch(weights[len(ready)], "cuda")
                     ready.append(side.record_event())
             main.wait_event(ready[index])
             x = layer(x)
@@ -324,7 +324,7 @@ def prefetched(stack: Stack, model: nn.Sequential, inputs: dict[int, Tensor], ta
 
     def back() -> None:
         for weight in weights:
-            prefetch(weight, "host")
+            prefetch(weight, "cpu")
 
     for batch, x in inputs.items():
         try:
