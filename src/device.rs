@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::history::{Action, Context, History, Labels, PlaceHistory, Recording, TraceEntry, user_metadata};
 use crate::options::{AccessPattern, NativeOptions, Options};
 use crate::pools::{DEFAULT_POOL, List, MempoolId, PoolId, Pools};
-use crate::pressure::{Movers, Pressure, Returns};
+use crate::pressure::{Move, Movers, Pressure, Returns};
 use crate::segments::{Memory, Segment, SegmentId, round_size};
 use crate::stats::{DeviceStats, PlaceStats, StatArray};
 use crate::streams::Waits;
@@ -143,7 +143,7 @@ pub struct DeviceState {
     /// Bytes freed by the program in all: the clock by which allocations age.
     clock: u64,
     /// Live allocations that were moved out to make room, by address, and the clock then.
-    moved: FxHashMap<u64, u64>,
+    moved: FxHashMap<u64, Move>,
     history: History,
     /// What was populated where, while the history is recorded.
     samples: PlaceHistory,

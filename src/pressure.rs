@@ -77,31 +77,42 @@ pub struct Resident {
 ///
 /// The clock is the bytes that the program has freed, so that time passes where memory comes and goes, and stands still while
 /// a model is loaded. An allocation lives long when twice the device limit was freed since: few activations see that, and where
-/// they do, moving them is regretted and the age demanded grows.
+/// they do, moving them is regretted and the age demanded grows. Less would do for inference, but in training what should go, the
+/// optimizer's state, is only made at the end of the first step.
 #[derive(Clone, Copy, Debug)]
 pub struct Movers {
-    factor: u64,
+    /// The age demanded, in device limits.
+    limits: u64,
     /// Not before so many bytes were freed in all: the last search found too little, or more memory was placed in the host.
     not_before: u64,
 }
 
 impl Default for Movers {
     fn default() -> Self {
-        Self { factor: AGE, not_before: 0 }
+        Self { limits: YOUNGEST, not_before: 0 }
     }
 }
 
+/// A move out, for the question whether it is regretted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Move {
+    /// How many bytes had been freed in all.
+    at: u64,
+    /// The age demanded then, as in [`Movers`].
+    limits: u64,
+}
+
 /// Allocations live long that are older than so many times the device limit, in bytes freed since.
-const AGE: u64 = 2;
+const YOUNGEST: u64 = 2;
 /// How far regrets raise that.
-const OLDEST: u64 = AGE << 5;
+const OLDEST: u64 = YOUNGEST << 5;
 /// After a search that found too little, this part of the device limit is freed before the next.
 const PAUSE: u64 = 16;
 
 impl Movers {
     /// The age in bytes freed since from which allocations are long-lived.
     pub fn age(&self, limit: u64) -> u64 {
-        limit.saturating_mul(self.factor)
+        limit.saturating_mul(self.limits)
     }
 
     /// Whether it is time to search.
@@ -132,12 +143,17 @@ impl Movers {
         all.into_iter().map_while(take).collect()
     }
 
-    /// An allocation that was moved out when `moved` bytes had been freed is freed now. Answers whether that was so
-    /// soon that it had better stayed: then more age is asked for.
-    pub fn freed(&mut self, moved: u64, clock: u64, limit: u64) -> bool {
-        let regretted = clock.saturating_sub(moved) < self.age(limit);
-        if regretted {
-            self.factor = (self.factor * 2).min(OLDEST);
+    /// A move out now.
+    pub fn moved(&self, clock: u64) -> Move {
+        Move { at: clock, limits: self.limits }
+    }
+
+    /// An allocation that was moved out is freed. Answers whether that was so soon that it had better stayed: then more age is
+    /// asked for, once for all that was moved at the same age.
+    pub fn freed(&mut self, moved: Move, clock: u64, limit: u64) -> bool {
+        let regretted = clock.saturating_sub(moved.at) < self.age(limit);
+        if regretted && moved.limits == self.limits {
+            self.limits = (self.limits * 2).min(OLDEST);
         }
         regretted
     }
@@ -173,7 +189,7 @@ impl Returns {
 
     /// Memory has moved out.
     pub fn moved_out(&mut self, clock: u64, limit: u64) {
-        if self.back.take().is_some_and(|back| clock.saturating_sub(back) < limit.saturating_mul(AGE)) {
+        if self.back.take().is_some_and(|back| clock.saturating_sub(back) < limit.saturating_mul(YOUNGEST)) {
             self.quarters = (self.quarters * 2).clamp(1, LONGEST);
         }
         self.out = Some(clock);
@@ -272,12 +288,15 @@ mod tests {
     #[test]
     fn a_move_that_was_regretted_raises_the_age() {
         let mut movers = Movers::default();
-        assert!(!movers.freed(1000, 1200, 100), "it was out for long");
+        let early = movers.moved(1000);
+        assert!(!movers.freed(early, 1200, 100), "it was out for long");
         assert_eq!(movers.age(100), 200);
-        assert!(movers.freed(1000, 1199, 100));
+        assert!(movers.freed(early, 1199, 100));
+        assert_eq!(movers.age(100), 400);
+        assert!(movers.freed(early, 1199, 100), "what was moved with it says no more");
         assert_eq!(movers.age(100), 400);
         for _ in 0..100 {
-            movers.freed(0, 0, 100);
+            movers.freed(movers.moved(0), 0, 100);
         }
         assert_eq!(movers.age(100), 6400, "bounded");
     }

@@ -257,7 +257,7 @@ impl DeviceState {
             self.places.moved_out += self.count_moved(id, run, Place::Host);
         }
         self.places.moves_out += 1;
-        self.moved.entry(address).or_insert(self.clock);
+        self.moved.entry(address).or_insert(self.movers.moved(self.clock));
         let (device, bytes, age) = (self.device, count * PAGE, self.clock - born);
         tracing::debug!(device, address = format_args!("{address:#x}"), bytes, age, "live memory was moved out");
         Ok(())
