@@ -9,13 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from simulated import CHOSEN, HERE, Finished, library_directory
-
-try:
-    import torch_uvm
-except ModuleNotFoundError:  # a patched PyTorch, to which the package need not be installed
-    sys.path.append(str(HERE.parent.parent / "python"))
-    import torch_uvm
+from simulated import CHOSEN, Finished, library_directory
+from under_test import torch_uvm
 
 __all__ = ["simulate", "torch_uvm", "totals_of"]
 

@@ -20,14 +20,12 @@ from typing import Any
 import pytest
 import torch
 from simulated import HERE, UVM, Finished, environment, run_python
+from under_test import SOURCE
+
+from torch_uvm import _activate, _library, _report
 
 ROOT = HERE.parent.parent
-PACKAGE = ROOT / "python" / "torch_uvm"
-try:
-    import torch_uvm  # noqa: F401
-except ModuleNotFoundError:  # a patched PyTorch, to which the package need not be installed
-    sys.path.append(str(PACKAGE.parent))
-from torch_uvm import _activate, _library, _report  # noqa: E402
+PACKAGE = SOURCE / "torch_uvm"
 
 PATCHED = _library.running() is not None  # pytest's own process has no key of ours
 

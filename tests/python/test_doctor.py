@@ -13,14 +13,9 @@ from typing import Any
 import pytest
 import torch
 from simulated import HERE, Finished, environment
+from under_test import torch_uvm
 
-SOURCE = HERE.parent.parent / "python"
-try:
-    import torch_uvm
-except ModuleNotFoundError:  # a patched PyTorch, to which the package need not be installed
-    sys.path.append(str(SOURCE))
-    import torch_uvm
-from torch_uvm import _library, _machine  # noqa: E402
+from torch_uvm import _library, _machine
 
 #: Whether the allocator can be had in this environment: the plug-in is installed, or PyTorch is patched.
 PATCHED = isinstance(_library.running(), _library.Library) and not isinstance(_library.running(), _library.Plugin)

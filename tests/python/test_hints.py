@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 
 import pytest
 import simulated
 import torch
 from contents import MIB, check, filled, same
 from on_device import about_uvm, on_device
-
-try:
-    import torch_uvm  # noqa: F401
-except ModuleNotFoundError:  # a patched PyTorch, to which the package need not be installed
-    sys.path.append(str(simulated.HERE.parent.parent / "python"))
+import under_test  # noqa: F401  (finds the package)
 
 LIMITED = "use_uvm:True,uvm_device_limit_mb:128"
 

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 
 import pytest
 import torch
 from contents import MIB, block, check, filled, same
 from on_device import on_device
-from simulated import HERE, environment, run_python
-
-SOURCE = str(HERE.parent.parent / "python")
-try:
-    import torch_uvm
-except ModuleNotFoundError:  # a patched PyTorch, to which the package need not be installed
-    sys.path.append(SOURCE)
-    import torch_uvm
+from simulated import environment, run_python
+from under_test import SOURCE, torch_uvm
 
 CPU_FIRST = "use_uvm:True,uvm_access_pattern:cpu_first"
 PLACEMENTS = ("gpu_first", "balanced", "cpu_first", "device")
@@ -73,7 +66,7 @@ for call in (torch_uvm.config, torch_uvm.memory_info, lambda: torch_uvm.MemPool(
 assert not torch.cuda.is_initialized()
 """
     variables = environment("", require=True)
-    path = os.pathsep.join(filter(None, (SOURCE, variables.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(SOURCE), variables.get("PYTHONPATH"))))
     ended = run_python(code, {**variables, "PYTHONPATH": path})
     assert ended.status == 0 and not ended.err, ended.text
 

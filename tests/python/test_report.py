@@ -15,15 +15,10 @@ from typing import Any
 import pytest
 import torch
 from on_device import on_device
-from simulated import HERE, Finished
+from simulated import Finished
+from under_test import torch_uvm
 
-SOURCE = HERE.parent.parent / "python"
-try:
-    import torch_uvm
-except ModuleNotFoundError:  # a patched PyTorch, to which the package need not be installed
-    sys.path.append(str(SOURCE))
-    import torch_uvm
-from torch_uvm import _report_page, _snapshot  # noqa: E402
+from torch_uvm import _report_page, _snapshot
 
 #: Takes long, and is the same for every version of PyTorch.
 pytestmark = pytest.mark.one_version

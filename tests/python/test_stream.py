@@ -19,20 +19,14 @@ import pytest
 import torch
 from contents import MIB, same
 from on_device import on_device
-from simulated import HERE, environment, run_python
+from simulated import environment, run_python
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from under_test import SOURCE, torch_uvm
 
-SOURCE = str(HERE.parent.parent / "python")
-try:
-    import torch_uvm
-except ModuleNotFoundError:  # a patched PyTorch, to which the package need not be installed
-    sys.path.append(SOURCE)
-    import torch_uvm
-
-from torch_uvm._pinned import pinned_bytes  # noqa: E402
-from torch_uvm._order import BACKWARD, FORWARD, START, Order  # noqa: E402
-from torch_uvm._plan import Group, Groups, choose, group  # noqa: E402
+from torch_uvm._order import BACKWARD, FORWARD, START, Order
+from torch_uvm._pinned import pinned_bytes
+from torch_uvm._plan import Group, Groups, choose, group
 
 SIDE = 512
 UNIT = SIDE * SIDE * 4
@@ -945,7 +939,7 @@ for call in (lambda: torch_uvm.stream(torch.nn.Linear(2, 2)), lambda: torch_uvm.
         raise AssertionError(call)
 """
     variables = environment("", require=True)
-    path = os.pathsep.join(filter(None, (SOURCE, variables.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(SOURCE), variables.get("PYTHONPATH"))))
     ended = run_python(code, {**variables, "PYTHONPATH": path})
     assert ended.status == 0, ended.text
 

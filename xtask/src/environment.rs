@@ -98,7 +98,9 @@ fn install(step: &Step, venv: &Venv, wheels: &[(&str, &Path)]) -> Result<()> {
     stale.iter().try_for_each(|(stamp, _)| stamp.clear())?;
     let names: Vec<_> = wheels.iter().map(|(_, wheel)| shown(wheel).to_string()).collect();
     let install = |arguments: &[&str], wheels: &[&Path]| {
-        let mut pip = venv.pip(["install", "--only-binary=:all:", "--progress-bar=on", "--no-compile"]);
+        // Compiled to bytecode: the tests start hundreds of processes, and where PYTHONDONTWRITEBYTECODE is set each would
+        // compile PyTorch anew.
+        let mut pip = venv.pip(["install", "--only-binary=:all:", "--progress-bar=on"]);
         pip.args(arguments).args(wheels);
         process::run(&mut pip).with_context(|| format!("pip could not install {}", names.join(" and ")))
     };
