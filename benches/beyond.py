@@ -89,7 +89,7 @@ def tasks(experiments: list[str], chosen: list[str], passes: int, quick: bool) -
             "sequences": 2 if quick else 4,
             "checked": 2 if quick else 3,
             "passes": passes,
-            # Everything takes about 9.3 GiB; the optimizer's state 3.3 of them, gradients and weights as much.
+            # Everything takes 7.2 GiB; the optimizer's state 3.3 of them, gradients and weights as much together.
             "some": 96 * MIB if quick else 6 * GIB,
             "little": 48 * MIB if quick else 3 * GIB,
             "stream_bytes": 30 * MIB if quick else GIB,

@@ -533,8 +533,8 @@ impl DeviceState {
             return Ok(());
         }
         let on = (stream, self.captures_now(stream)?);
-        // Into host memory, discarding is no cheaper than moving; where there is one memory, nothing is carried. What
-        // CUDA makes of a discard beside a capture is not known.
+        // Into host memory, discarding is no cheaper than moving; where there is one memory, nothing is carried. CUDA
+        // allows a discard beside a capture (docs/driver-contract.md), but there it has not been tried in this order.
         let discard = wanted == Place::Device && self.info.discard && !self.info.integrated && self.captures.is_empty();
         for run in strays {
             let run = run.start..run.end.min(run.start + room);

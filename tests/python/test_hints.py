@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-
 import pytest
 import simulated
 import torch
+import under_test  # noqa: F401  (finds the package)
 from contents import MIB, check, filled, same
 from on_device import about_uvm, on_device
-import under_test  # noqa: F401  (finds the package)
 
 LIMITED = "use_uvm:True,uvm_device_limit_mb:128"
 
