@@ -150,10 +150,10 @@ impl DeviceState {
         if chosen.is_empty() || self.room_for(Place::Host, pages)? < pages {
             return Ok(false);
         }
+        self.returns.moved_out(clock, limit);
         for (address, bytes) in chosen {
             self.move_out(self.find(DevicePtr(address))?, bytes / PAGE, stream)?;
         }
-        self.returns.moved_out(clock, limit);
         self.places.hard_reclamations += 1;
         self.places.reclaimed += wanted;
         Ok(true)
@@ -688,6 +688,10 @@ impl DeviceState {
         self.driver.prefetch(self.device, range, self.location(place), stream)?;
         self.segment_mut(id).marks.raw.remove(whole.clone());
         self.count_moved(id, whole, place);
+        if place == Place::Host {
+            // It is there because the program says so, and does not come back by itself.
+            self.moved.remove(&self.blocks[block].address);
+        }
         self.blocks[block].has_marks |= self.is_marked(block);
         self.places.prefetches += 1;
         self.note_pressure(0);

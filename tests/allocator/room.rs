@@ -161,6 +161,21 @@ fn what_moved_out_comes_back_where_the_room_lasts() {
 }
 
 #[test]
+fn what_the_program_has_sent_to_the_host_does_not_come_back() {
+    let (mut world, old) = full();
+    let new = world.tensor(30 * MIB, 0).unwrap();
+    world.allocator.prefetch(old[1].ptr, old[1].bytes, Location::Host, old[1].stream).unwrap();
+    world.free(new);
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    assert_eq!((on_host(&world, &old[1]), stats(&world).moved_to_device), (60 * MIB, 0));
+    for tensor in old {
+        world.verify(&tensor);
+        world.free(tensor);
+    }
+    world.finish();
+}
+
+#[test]
 fn only_as_much_comes_back_as_leaves_the_device_ample() {
     let mut world = World::new(config(), "uvm_device_limit_mb:128,uvm_stage1_min_bytes:16777216");
     let old = [50, 50].map(|mib| world.tensor(mib * MIB, 0).unwrap());
