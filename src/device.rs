@@ -142,7 +142,7 @@ pub struct DeviceState {
     returns: Returns,
     /// Bytes freed by the program in all: the clock by which allocations age.
     clock: u64,
-    /// Live allocations that were moved out to make room, by address, and the clock then.
+    /// Live allocations that were moved out to make room, by address.
     moved: FxHashMap<u64, Move>,
     history: History,
     /// What was populated where, while the history is recorded.

@@ -175,21 +175,16 @@ impl DeviceState {
         away.sort_unstable_by_key(|&block| (self.blocks[block].born, self.blocks[block].address));
         let side = self.side_stream()?;
         for block in away {
-            let Block { address, bytes, segment: id, .. } = self.blocks[block];
-            let segment = self.segment(id);
-            let astray = |page| Self::lies(segment, page) == Place::Host && !segment.marks.advised.contains(page);
-            let runs = pages::runs(pages::inside(address - segment.base.0, bytes), astray);
+            let Block { address, segment: id, .. } = self.blocks[block];
             let mut left = false;
-            for run in runs {
+            for run in self.movable(block, Place::Host) {
                 let back = run.start..run.end.min(run.start + room);
                 left |= back.end < run.end;
                 if back.is_empty() {
                     break;
                 }
                 room -= back.end - back.start;
-                self.readvise(id, back.clone(), Place::Device)?;
-                self.carry(id, back.clone(), Place::Device, false, (side, false))?;
-                let bytes = self.count_moved(id, back, Place::Device);
+                let bytes = self.relocate(id, back, Place::Device, false, (side, false))?;
                 self.returns.returned(clock);
                 tracing::debug!(
                     device = self.device,
@@ -224,7 +219,7 @@ impl DeviceState {
             if !of_program(self.pools[self.pools[list].pool].id) {
                 continue;
             }
-            let on_device: u64 = self.movable(block).iter().map(pages::bytes).sum();
+            let on_device: u64 = self.movable(block, Place::Device).iter().map(pages::bytes).sum();
             if on_device > 0 && self.segment(segment).memory == Memory::Managed {
                 found.push(Resident { address, born, bytes: on_device });
             }
@@ -232,12 +227,12 @@ impl DeviceState {
         found
     }
 
-    /// The whole pages inside a block that lie on the device, and have the allocator's advice.
-    fn movable(&self, block: BlockId) -> Vec<ops::Range<u64>> {
+    /// The whole pages inside a block that lie in a place, and have the allocator's advice.
+    fn movable(&self, block: BlockId, place: Place) -> Vec<ops::Range<u64>> {
         let Block { address, bytes, segment, .. } = self.blocks[block];
         let segment = self.segment(segment);
         pages::runs(pages::inside(address - segment.base.0, bytes), |page| {
-            Self::lies(segment, page) == Place::Device && !segment.marks.advised.contains(page)
+            Self::lies(segment, page) == place && !segment.marks.advised.contains(page)
         })
     }
 
@@ -246,15 +241,13 @@ impl DeviceState {
         let Block { address, segment: id, born, .. } = self.blocks[block];
         let mut missing = count;
         self.blocks[block].has_marks = true;
-        for run in self.movable(block).into_iter().rev() {
+        for run in self.movable(block, Place::Device).into_iter().rev() {
             let run = run.start.max(run.end.saturating_sub(missing))..run.end;
             if run.is_empty() {
                 break;
             }
             missing -= run.end - run.start;
-            self.readvise(id, run.clone(), Place::Host)?;
-            self.carry(id, run.clone(), Place::Host, false, (stream, false))?;
-            self.places.moved_out += self.count_moved(id, run, Place::Host);
+            self.places.moved_out += self.relocate(id, run, Place::Host, false, (stream, false))?;
         }
         self.places.moves_out += 1;
         self.moved.entry(address).or_insert(self.movers.moved(self.clock));
@@ -396,6 +389,21 @@ impl DeviceState {
         }
         self.segment_mut(id).marks.raw.remove(pages);
         Ok(())
+    }
+
+    /// Moves pages to a place, whose advice they get, as [`DeviceState::carry`] does; the books follow. Answers how many bytes
+    /// did not lie there before.
+    fn relocate(
+        &mut self,
+        id: SegmentId,
+        pages: ops::Range<u64>,
+        to: Place,
+        discard: bool,
+        on: (Stream, bool),
+    ) -> crate::driver::Result<u64> {
+        self.readvise(id, pages.clone(), to)?;
+        self.carry(id, pages.clone(), to, discard, on)?;
+        Ok(self.count_moved(id, pages, to))
     }
 
     /// Gives pages the advice of the place that they lie or will lie in, where they have another.
@@ -542,9 +550,7 @@ impl DeviceState {
                 break;
             }
             room -= run.end - run.start;
-            self.readvise(id, run.clone(), wanted)?;
-            self.carry(id, run.clone(), wanted, discard, on)?;
-            self.count_moved(id, run, wanted);
+            self.relocate(id, run, wanted, discard, on)?;
         }
         for away in [false, true] {
             let place = self.segment(id).place;

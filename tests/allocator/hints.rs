@@ -63,11 +63,7 @@ fn a_prefetch_moves_live_memory_and_the_books_follow() {
     let stats = world.allocator.place_stats(0).unwrap();
     assert_eq!((stats.moved_to_host, stats.moved_to_device, stats.prefetches), (40 * MIB, 40 * MIB, 3));
     assert_eq!((stats.device.peak, stats.host.peak), (60 * MIB, 40 * MIB));
-    for tensor in [kept, moved] {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with([kept, moved]);
 }
 
 #[test]
@@ -86,11 +82,7 @@ fn segments_are_told_by_place() {
             (60 * MIB, 50 * MIB, 10 * MIB, 0, false, true, DEFAULT_POOL)
         ]
     );
-    for tensor in [on_device, on_host] {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with([on_device, on_host]);
 }
 
 #[test]
@@ -289,11 +281,7 @@ fn advice_ends_with_the_allocation() {
     assert_eq!(again.ptr, tensor.ptr);
     let now = world.machine.range_advice(whole(&again)).unwrap();
     assert_eq!((now.read_mostly, now.preferred, now.accessed_by), (own.read_mostly, own.preferred, own.accessed_by));
-    for tensor in [again, neighbour] {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with([again, neighbour]);
 }
 
 #[test]
@@ -310,11 +298,7 @@ fn advice_on_a_shared_page_reaches_neighbours_in_threads_caches() {
     world.check();
     world.allocator.free(pair, None).unwrap();
     world.check();
-    for tensor in tensors {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with(tensors);
 }
 
 #[test]

@@ -71,11 +71,7 @@ fn a_training_loop_ends_with_activations_on_the_device_and_state_on_the_host() {
     assert!(last.device.peak <= 256 * MIB, "{last:?}");
     let counters = world.machine.counters();
     assert_eq!((counters.device_faults, counters.evictions), (0, 0), "{counters:?}");
-    for tensor in weights.into_iter().chain(state) {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with(weights.into_iter().chain(state));
 }
 
 #[test]
@@ -86,11 +82,7 @@ fn a_model_larger_than_the_device_is_not_shuffled_while_it_is_loaded() {
     assert_eq!((stats.moved_to_host, stats.moved_to_device, stats.moves_out), (0, 0, 0));
     assert_eq!((stats.device.current, stats.host.current), (128 * MIB, 512 * MIB));
     assert!(weights[..8].iter().all(|tensor| on_host(&world, tensor) == 0));
-    for tensor in weights {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with(weights);
 }
 
 /// A world whose device is full of two allocations of 60 MiB that live long.
@@ -153,11 +145,7 @@ fn what_moved_out_comes_back_where_the_room_lasts() {
         moves.push(stats(&world).moves_out);
     }
     assert!(moves[9] >= 3 && moves[39] <= moves[9] + 3, "it comes back ever more rarely: {moves:?}");
-    for tensor in old {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with(old);
 }
 
 #[test]
@@ -168,11 +156,7 @@ fn what_the_program_has_sent_to_the_host_does_not_come_back() {
     world.free(new);
     world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
     assert_eq!((on_host(&world, &old[1]), stats(&world).moved_to_device), (60 * MIB, 0));
-    for tensor in old {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with(old);
 }
 
 #[test]
@@ -189,11 +173,7 @@ fn only_as_much_comes_back_as_leaves_the_device_ample() {
     assert_eq!(after.stage, 0, "{after:?}");
     assert!(on_host(&world, &old[1]) > 0 && after.moved_to_device > 0, "{after:?}");
     assert!(after.device.current <= 104 * MIB && after.device.current > 100 * MIB, "{after:?}");
-    for tensor in old.into_iter().chain([kept]) {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with(old.into_iter().chain([kept]));
 }
 
 #[test]
@@ -208,11 +188,7 @@ fn moves_that_are_regretted_are_counted_and_become_rarer() {
     age(&world, 100 * MIB);
     let more = world.tensor(40 * MIB, 2).unwrap();
     assert_eq!(stats(&world).moves_out, 1);
-    for tensor in [kept, new, old, more] {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with([kept, new, old, more]);
 }
 
 #[test]
@@ -248,11 +224,7 @@ fn the_programs_word_on_its_memory_holds() {
     }
     let new = world.tensor(30 * MIB, 0).unwrap();
     assert_eq!((stats(&world).moves_out, on_host(&world, &new)), (0, 30 * MIB), "it was told to stay");
-    for tensor in old.into_iter().chain([new]) {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with(old.into_iter().chain([new]));
 }
 
 #[test]
@@ -265,11 +237,7 @@ fn live_memory_moves_only_where_the_host_has_room() {
     age(&world, 16 * MIB);
     let new = world.tensor(30 * MIB, 0).unwrap();
     assert_eq!(stats(&world).moves_out, 1);
-    for tensor in old.into_iter().chain([new]) {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with(old.into_iter().chain([new]));
 }
 
 #[test]

@@ -19,11 +19,7 @@ fn a_block_used_elsewhere_waits_for_the_event() {
     world.machine.stream_synchronize(0, world.streams[1]).unwrap();
     let third = world.tensor(4096, 0).unwrap();
     assert_eq!(third.ptr, tensor.ptr, "reused once it has");
-    for tensor in [second, third] {
-        world.verify(&tensor);
-        world.free(tensor);
-    }
-    world.finish();
+    world.finish_with([second, third]);
 }
 
 #[test]

@@ -175,6 +175,15 @@ impl World {
         assert_eq!(wrong, 0, "{wrong} bytes of {tensor:?} were overwritten");
     }
 
+    /// Checks and frees the tensors that are left, and finishes.
+    pub fn finish_with(self, tensors: impl IntoIterator<Item = Tensor>) {
+        for tensor in tensors {
+            self.verify(&tensor);
+            self.free(tensor);
+        }
+        self.finish();
+    }
+
     /// Checks all copies made by `use_on`.
     pub fn verify_copies(&mut self) {
         self.machine.device_synchronize(0).expect("synchronize");

@@ -496,7 +496,7 @@ _activate.autoload()
 print(torch_uvm.activate(), isinstance(_library.running(), _library.Plugin))
 assert setters == {name: getattr(torch._C, name, None) for name in _activate.SETTERS}
 """
-    path = {"PYTHONPATH": str(PACKAGE.parent)}
+    path = {"PYTHONPATH": str(SOURCE)}
     assert backend(UVM, code, **path) == "True False"
     assert backend("use_uvm:False", code, **path) == "False False"
 

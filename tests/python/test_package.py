@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from contents import MIB, block, check, filled, same
 from on_device import on_device
 from simulated import environment, run_python
-from under_test import SOURCE, torch_uvm
+from under_test import from_source, torch_uvm
 
 CPU_FIRST = "use_uvm:True,uvm_access_pattern:cpu_first"
 PLACEMENTS = ("gpu_first", "balanced", "cpu_first", "device")
@@ -65,9 +64,7 @@ for call in (torch_uvm.config, torch_uvm.memory_info, lambda: torch_uvm.MemPool(
         raise AssertionError(call)
 assert not torch.cuda.is_initialized()
 """
-    variables = environment("", require=True)
-    path = os.pathsep.join(filter(None, (str(SOURCE), variables.get("PYTHONPATH"))))
-    ended = run_python(code, {**variables, "PYTHONPATH": path})
+    ended = run_python(code, from_source(environment("", require=True)))
     assert ended.status == 0 and not ended.err, ended.text
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import os
 import sys
 import threading
 import types
@@ -22,7 +21,7 @@ from on_device import on_device
 from simulated import environment, run_python
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from under_test import SOURCE, torch_uvm
+from under_test import from_source, torch_uvm
 
 from torch_uvm._order import BACKWARD, FORWARD, START, Order
 from torch_uvm._pinned import pinned_bytes
@@ -938,9 +937,7 @@ for call in (lambda: torch_uvm.stream(torch.nn.Linear(2, 2)), lambda: torch_uvm.
     else:
         raise AssertionError(call)
 """
-    variables = environment("", require=True)
-    path = os.pathsep.join(filter(None, (str(SOURCE), variables.get("PYTHONPATH"))))
-    ended = run_python(code, {**variables, "PYTHONPATH": path})
+    ended = run_python(code, from_source(environment("", require=True)))
     assert ended.status == 0, ended.text
 
 

@@ -1,5 +1,6 @@
 """The package that is tested: installed beside a stock PyTorch; a patched one needs none, so there it is the repository's."""
 
+import os
 import sys
 
 from simulated import HERE
@@ -12,4 +13,11 @@ except ModuleNotFoundError:
     sys.path.append(str(SOURCE))
     import torch_uvm
 
-__all__ = ["SOURCE", "torch_uvm"]
+
+def from_source(variables: dict[str, str]) -> dict[str, str]:
+    """The environment `variables`, with the repository's package found first."""
+    path = os.pathsep.join(filter(None, (str(SOURCE), variables.get("PYTHONPATH"))))
+    return {**variables, "PYTHONPATH": path}
+
+
+__all__ = ["SOURCE", "from_source", "torch_uvm"]
