@@ -282,8 +282,9 @@ c10::DataPtr UvmAllocator::allocate_at(size_t bytes, void* wanted) {
   if (bytes == 0) {
     return {nullptr, nullptr, &deleter, cuda(device)};
   }
-  void* ptr = pointer(bridge::allocate_at(
-      device, address(wanted), bytes, handle(current_stream(device)), stacks_.gather(RecordContext::STATE)));
+  void* ptr = pointer(
+      bridge::allocate_at(
+          device, address(wanted), bytes, handle(current_stream(device)), stacks_.gather(RecordContext::STATE)));
   check(ptr != nullptr);
   tell(ptr);
   return {ptr, ptr, &deleter, cuda(device)};
@@ -471,8 +472,9 @@ void UvmAllocator::begin_allocate_to_pool(
     CustomAllocator custom) {
   const auto custom_address = address(custom.get());
   custom_allocators().keep(device, pool, std::move(custom));
-  check(bridge::begin_allocate_to_pool(
-      device, pool_id(pool), std::make_unique<bridge::StreamFilter>(std::move(filter)), custom_address));
+  check(
+      bridge::begin_allocate_to_pool(
+          device, pool_id(pool), std::make_unique<bridge::StreamFilter>(std::move(filter)), custom_address));
 }
 
 void UvmAllocator::endAllocateToPool(c10::DeviceIndex device, MempoolId pool) {
@@ -517,9 +519,7 @@ bool UvmAllocator::checkPoolLiveAllocations(
   return equal;
 }
 
-std::shared_ptr<c10cca::AllocatorState> UvmAllocator::getCheckpointState(
-    c10::DeviceIndex device,
-    MempoolId pool) {
+std::shared_ptr<c10cca::AllocatorState> UvmAllocator::getCheckpointState(c10::DeviceIndex device, MempoolId pool) {
   auto checkpoint = bridge::checkpoint(device, pool_id(pool));
   check(checkpoint->valid());
   return std::make_shared<PoolState>(std::move(checkpoint));

@@ -160,7 +160,12 @@ int64_t torch_uvm_place_samples(int device, torch_uvm_place_sample_t* samples, u
     const auto to_nanoseconds = UvmAllocator::instance().time_converter();
     for (uint64_t index = 0; index < all.size() && index < capacity; ++index) {
       const auto& from = all[index];
-      samples[index] = {static_cast<int64_t>(to_nanoseconds(from.time)) / 1000, from.device, from.host, from.unplaced, from.allocated};
+      samples[index] = {
+          static_cast<int64_t>(to_nanoseconds(from.time)) / 1000,
+          from.device,
+          from.host,
+          from.unplaced,
+          from.allocated};
     }
     return static_cast<int64_t>(all.size());
   });

@@ -101,7 +101,8 @@ int torch_uvm_activate() {
         !c10cca::get()->initialized(),
         "use_uvm:True comes too late: CUDA is initialised, with the allocator '",
         c10cca::get()->name(),
-        "'. Set PYTORCH_CUDA_ALLOC_CONF before the process starts, or call torch_uvm.activate() before anything uses CUDA");
+        "'. Set PYTORCH_CUDA_ALLOC_CONF before the process starts, or call torch_uvm.activate() before anything uses "
+        "CUDA");
     take_place();
     return 1;
   });

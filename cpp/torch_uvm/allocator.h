@@ -60,9 +60,8 @@ class UvmAllocator final : public AllocatorInterface {
       cudaStream_t stream,
       bool p2p_enabled) override;
   std::shared_ptr<c10cca::AllocatorState> getCheckpointState(c10::DeviceIndex device, MempoolId pool) override;
-  c10cca::CheckpointDelta setCheckpointPoolState(
-      c10::DeviceIndex device,
-      std::shared_ptr<c10cca::AllocatorState> state) override;
+  c10cca::CheckpointDelta setCheckpointPoolState(c10::DeviceIndex device, std::shared_ptr<c10cca::AllocatorState> state)
+      override;
   std::string name() override;
 
  protected:

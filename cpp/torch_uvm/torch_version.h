@@ -71,8 +71,7 @@ class AllocatorInterface : public c10cca::CUDAAllocator {
   using c10cca::CUDAAllocator::recordStream; // the overload for any device's streams
 #endif
 
-  void beginAllocateToPool(c10::DeviceIndex device, MempoolId pool, std::function<bool(cudaStream_t)> filter)
-      final {
+  void beginAllocateToPool(c10::DeviceIndex device, MempoolId pool, std::function<bool(cudaStream_t)> filter) final {
     begin_allocate_to_pool(device, pool, std::move(filter), active_custom_allocator(pool));
   }
 
@@ -93,11 +92,8 @@ class AllocatorInterface : public c10cca::CUDAAllocator {
   c10cca::SnapshotInfo snapshot() final {
     return snapshot_of(active_pool_id(), /*with_traces=*/true);
   }
-  void recordHistory(
-      bool enabled,
-      c10cca::CreateContextFn recorder,
-      size_t max_entries,
-      c10cca::RecordContext when) final {
+  void recordHistory(bool enabled, c10cca::CreateContextFn recorder, size_t max_entries, c10cca::RecordContext when)
+      final {
     record_history({enabled, recorder, max_entries, when, /*clear=*/false, /*skip=*/{}});
   }
   void ensureExistsAndIncrefPool(c10::DeviceIndex device, MempoolId pool) final {
@@ -334,6 +330,7 @@ inline c10cca::TraceEntry make_trace_entry(
       MempoolId{entry.pool.first, entry.pool.second},
 #endif
       static_cast<c10::approx_time_t>(entry.time),
+      // clang-format off: it cannot place a comma that only some versions have
       std::move(context)
 #if TORCH_UVM_SINCE(208)
       // What native says where nothing compiled is running.
@@ -342,6 +339,7 @@ inline c10cca::TraceEntry make_trace_entry(
 #if TORCH_UVM_SINCE(210)
       , std::string(entry.user_metadata)
 #endif
+      // clang-format on
   );
 }
 
