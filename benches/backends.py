@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT / "tests" / "python"))
 
-import simulated  # noqa: E402  (needs the path above)
+import simulated
 
 #: Names the compiled managed.cpp to the worker.
 MANAGED_LIBRARY = "TORCH_UVM_BENCH_MANAGED"

@@ -3,8 +3,9 @@
 
     beyond_worker.py RESULT.json
 
-It imports PyTorch, waits for a line (or the end) of its standard input, which is its turn on the GPU, measures, and writes
-rows: what was measured, milliseconds of each pass, bytes that one pass brings over the link, and the digest of the result.
+It imports PyTorch, waits for a line (or the end) of its standard input, which is its turn on the GPU, measures, and
+writes rows: what was measured, milliseconds of each pass, bytes that one pass brings over the link, and the digest of
+the result.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ import model as models
 from limits import GIB, MIB
 
 SEED = 7
-#: Passes with large activations before a program that does nothing is timed: they free more than twice the largest limit.
+#: Passes with large activations before a program that does nothing is timed: they free more than twice the largest
+#: limit.
 SETTLING = 6
 
 
@@ -254,7 +256,8 @@ def forward_uvm(task: dict[str, Any], rows: Rows) -> None:
             model = stack.model()
             host = torch_uvm.memory_info().populated_host
             for batch, x in inputs.items():
-                # What moves out for activations is known when so much was freed as an allocation needs to be called old.
+                # What moves out for activations is known when so much was freed as an allocation needs to be called
+                # old.
                 settling = measure(lambda: model(x), 1 if batch == 1 else SETTLING)
                 times = measure(lambda: model(x), few)
                 row = {"batch": batch, "limit": limit, "link": host, "settling": settling}

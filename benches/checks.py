@@ -35,7 +35,7 @@ class Check:
 
     def preload(self) -> None:
         """Before the process's turn."""
-        import torch.utils.checkpoint  # noqa: F401
+        import torch.utils.checkpoint
 
         import model  # noqa: F401
 
@@ -81,7 +81,7 @@ def _out_of_memory(torch: Any, size: int) -> str:
 
 
 def _filled(tensor: Any, value: int) -> bool:
-    """Whether every byte is `value`. A comparison would need as much memory again, a sum of bytes eight times as much."""
+    """Whether every byte is `value`: without the memory that a comparison, or a sum of bytes, would need."""
     return int(tensor.min()) == value == int(tensor.max())
 
 

@@ -15,8 +15,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Optional
@@ -79,7 +79,7 @@ class _Process:
         self.job = job
         self._turns: Optional[tuple[int, int]] = None
         theirs: tuple[int, ...] = ()
-        self._output: IO[bytes] = tempfile.TemporaryFile()
+        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         self._folder = tempfile.TemporaryDirectory(prefix="torch-uvm-bench-")
         self._result = Path(self._folder.name) / "result.json"
         if job.program is None:
@@ -170,9 +170,9 @@ class _Process:
 def side_by_side(jobs: Iterable[Job]) -> Iterator[Outcome]:
     """Runs the jobs at the same time, but lets them measure one after the other, round and round.
 
-    Everything else, from the import to the warm-up, they do beside each other before the first measures, and what follows
-    the last measurement after that. So the backends' samples lie within seconds of each other, and what changes on a
-    machine meanwhile meets all of them.
+    Everything else, from the import to the warm-up, they do beside each other before the first measures, and what
+    follows the last measurement after that. So the backends' samples lie within seconds of each other, and what changes
+    on a machine meanwhile meets all of them.
     """
     running = [_Process(job, with_turns=True) for job in jobs]
     try:

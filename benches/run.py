@@ -155,8 +155,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser.add_argument(
         "--side-by-side",
         action="store_true",
-        help="the backends' processes of a workload run at once and take turns measurement by measurement: less exposed to "
-        "a machine that changes meanwhile, and quicker (not for the hot path and cold starts)",
+        help="the backends' processes of a workload run at once and take turns measurement by measurement: less "
+        "exposed to a machine that changes meanwhile, and quicker (not for the hot path and cold starts)",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--out", type=Path, default=WORK / "benches.json", help="where the figures go")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, ClassVar
 
 from bench import Bench, Figure
 from limits import GIB, MIB, cuda_runtime
@@ -79,7 +80,7 @@ class Managed:
         """The memory as bytes, not owned by the tensor."""
 
         class Array:
-            __cuda_array_interface__ = {
+            __cuda_array_interface__: ClassVar[dict[str, Any]] = {
                 "shape": (size,),
                 "typestr": "|u1",
                 "data": (pointer.value, False),

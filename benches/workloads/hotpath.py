@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import hotpath
-
 from bench import Bench, Figure
 from limits import GIB
 

@@ -5,11 +5,11 @@ The environment variable chooses the allocator, and nothing in a program changes
     export PYTORCH_CUDA_ALLOC_CONF='use_uvm:True,uvm_oversubscription_ratio:5.0,uvm_access_pattern:gpu_first'
 
 PyTorch loads this package by itself, at the end of `import torch`. What is here is for programs that want to know more
-(`is_enabled`, `config`, `memory_info`, `statistics`, `dump_snapshot`), to put chosen tensors in a chosen place (`placement`,
-`MemPool`), to say where they should be when (`prefetch`, `advise`, `discard`), or to keep weights and optimizer state in host
-memory (`stream`, `offload_optimizer`).
-`python -m torch_uvm doctor` says what a machine is and what will work on it, `report` makes a page of a memory snapshot, and
-`simulate` runs a program on a machine without a GPU and says where its memory was.
+(`is_enabled`, `config`, `memory_info`, `statistics`, `dump_snapshot`), to put chosen tensors in a chosen place
+(`placement`, `MemPool`), to say where they should be when (`prefetch`, `advise`, `discard`), or to keep weights and
+optimizer state in host memory (`stream`, `offload_optimizer`).
+`python -m torch_uvm doctor` says what a machine is and what will work on it, `report` makes a page of a memory
+snapshot, and `simulate` runs a program on a machine without a GPU and says where its memory was.
 
 Every process that imports PyTorch imports this module, with or without `use_uvm`: so it imports nothing before it is
 asked.

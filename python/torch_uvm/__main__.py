@@ -67,8 +67,8 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "simulate",
         help="run a program on a simulated GPU and say what memory it would take, what moves, and whether it fits",
         usage="python -m torch_uvm simulate [options] -- COMMAND ...",
-        description="Runs a program, without a GPU, on a machine made of software whose kernels do nothing, and says on stderr "
-        "what memory it took where, what moved and why, how long that takes, and whether it fitted. "
+        description="Runs a program, without a GPU, on a machine made of software whose kernels do nothing, and says "
+        "on stderr what memory it took where, what moved and why, how long that takes, and whether it fitted. "
         "PYTORCH_CUDA_ALLOC_CONF counts as on a real machine. The exit status is the program's.",
     )
     simulate.add_argument("--device", choices=_simulate.DEVICES, default="gh200", help="the kind of machine [gh200]")

@@ -4,8 +4,8 @@ A hint touches whole pages of memory. Tensors lie side by side on pages of 2 MiB
 tensor its neighbours are moved or advised with it; that changes where they are, never what they hold. The statistics
 count the whole pages inside the tensor.
 
-Hints are about the tensor's memory as it is now. When the tensor is freed and its memory used again, the allocator brings
-the pages back to where it had placed them, as far as the device limit allows, and takes the advice away.
+Hints are about the tensor's memory as it is now. When the tensor is freed and its memory used again, the allocator
+brings the pages back to where it had placed them, as far as the device limit allows, and takes the advice away.
 
 A tensor that is not contiguous stands for all of its storage from its first to its last element.
 """
@@ -49,8 +49,9 @@ def prefetch(tensor: torch.Tensor, device: Place, stream: torch.cuda.Stream | No
 
     Raises:
         ValueError: the tensor is not a strided CUDA tensor, or the device is neither of these.
-        RuntimeError: `use_uvm` is off; the memory is not managed (placement `device`, a MemPool's own allocator, another
-            library's); the stream is capturing a CUDA graph; the host has no room left; CUDA failed. Nothing has moved.
+        RuntimeError: `use_uvm` is off; the memory is not managed (placement `device`, a MemPool's own allocator,
+            another library's); the stream is capturing a CUDA graph; the host has no room left; CUDA failed. Nothing
+            has moved.
     """
     library, (start, count) = enabled_library("prefetch()"), _span(tensor)
     place = _place(device, tensor)
@@ -91,8 +92,8 @@ def advise(tensor: torch.Tensor, advice: Advice, device: Place | None = None) ->
 def discard(tensor: torch.Tensor, stream: torch.cuda.Stream | None = None) -> None:
     """Drops a tensor's contents, in the order of a stream, so that nothing carries them over the link again.
 
-    The whole pages of 2 MiB inside the tensor are dropped and populated anew, on its device where the limit has room, so
-    that they can be written at full speed. What the tensor holds then is indeterminate: write it before it is read.
+    The whole pages of 2 MiB inside the tensor are dropped and populated anew, on its device where the limit has room,
+    so that they can be written at full speed. What the tensor holds then is indeterminate: write it before it is read.
 
     Args:
         tensor: of the uvm allocator, on a CUDA device.

@@ -1,4 +1,4 @@
-"""Who holds memory: whether a tensor's bytes may be overwritten is known from the number of those who share its storage."""
+"""Who holds memory: the number of those who share a tensor's storage says whether its bytes may be overwritten."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """`python -m torch_uvm simulate`: a program on a machine made of software, and what became of its memory there.
 
-The simulated CUDA libraries (sim/, shipped in the folder `sim` of this package) are put under the program's PyTorch, unchanged.
-They count what reaches CUDA and write it down when a process ends; this reads it, adds up, and says what it means.
+The simulated CUDA libraries (sim/, shipped in the folder `sim` of this package) are put under the program's PyTorch,
+unchanged. They count what reaches CUDA and write it down when a process ends; this reads it, adds up, and says what it
+means.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ MACHINE_VARIABLES = ("DEVICE", "HBM", "HOST", "DEVICES", "SEED", "REPORT")
 SMALLEST, LARGEST = 64 << 20, 16 << 40
 #: What no figure here can tell.
 LIMITS = (
-    "Kernels do nothing: their time, their results, and the pages they would touch, fault on or move are not simulated. "
-    "Figures of faults, moves and remote use come from copies, memsets, prefetches and evictions alone.",
+    (
+        "Kernels do nothing: their time, their results, and the pages they would touch, fault on or move are not "
+        "simulated. Figures of faults, moves and remote use come from copies, memsets, prefetches and evictions alone."
+    ),
     "A program whose course depends on computed values may take another course here.",
-    "Times follow from bytes by speeds measured on an H100, scaled by the link's speed for other machines. They are sums: what "
-    "several streams did at once counts each time, and whether it hid behind computing is not known.",
+    (
+        "Times follow from bytes by speeds measured on an H100, scaled by the link's speed for other machines. They "
+        "are sums: what several streams did at once counts each time, and whether it hid behind computing is not known."
+    ),
     "Each process has a simulated machine of its own: processes do not take memory from each other.",
     "The CPU's own loads and stores of managed memory are not seen, nor is the program's pageable memory.",
 )
@@ -98,13 +103,13 @@ def libraries() -> Path:
         if all((place / name).exists() for name in STAND_INS):
             return place.resolve()
     raise CannotSimulate(
-        f"the simulator's libraries are not in {' or '.join(map(str, places))}. torch-uvm's wheel carries them; in the source "
-        f"tree `cargo xtask sim -- true` builds them. {LIBRARIES_VARIABLE} may name their folder"
+        f"the simulator's libraries are not in {' or '.join(map(str, places))}. torch-uvm's wheel carries them; in the "
+        f"source tree `cargo xtask sim -- true` builds them. {LIBRARIES_VARIABLE} may name their folder"
     )
 
 
 def variables(machine: Machine, folder: Path, reports: Path) -> dict[str, str]:
-    """The environment of a program on this machine. `folder` holds the libraries and has no space and no colon in its path."""
+    """The environment of a program on this machine. `folder` holds the libraries; its path has no space or colon."""
     names = {f"TORCH_UVM_SIM_{name}" for name in MACHINE_VARIABLES}
     found = {name: value for name, value in os.environ.items() if name not in names}
     preload = ":".join(str(folder / name) for name in STAND_INS)
@@ -163,7 +168,8 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
         try:
             report["allocator"] = json.loads((folder / f"allocator-{report['process']}.json").read_text())
         except (OSError, ValueError):
-            pass  # not written: the program has no PyTorch with torch-uvm's entry point, or left without its exit handlers
+            # Not written: the program has no PyTorch with torch-uvm's entry point, or left without its exit handlers.
+            pass
         processes.append(report)
     return sorted(processes, key=lambda report: int(report["started"]))
 
@@ -284,7 +290,8 @@ def _totals(totals: dict[str, Any], processes: int) -> list[str]:
         rows.append([name, size(filled["bytes_device"]), size(filled["bytes_host"]), _time(filled["nanoseconds"])])
     lines += ["", *_table(rows), ""]
     lines.append(
-        f"  faults: {counters['device_faults']} of GPUs (a group for each 2 MiB page), {counters['host_faults']} of the CPU"
+        f"  faults: {counters['device_faults']} of GPUs (a group for each 2 MiB page), "
+        f"{counters['host_faults']} of the CPU"
     )
     lines.append(f"  discarded: {size(counters['discarded'])}")
     for key, what in (

@@ -119,7 +119,8 @@ def _carry_out(request: dict[str, Any]) -> None:
     found = torch.cuda.get_allocator_backend()
     if found != request["backend"]:
         raise RuntimeError(
-            f"the allocator backend is {found!r}, not {request['backend']!r}: is this the patched wheel, or is torch-uvm installed?"
+            f"the allocator backend is {found!r}, not {request['backend']!r}: is this the patched wheel, or is "
+            "torch-uvm installed?"
         )
     if request["init"]:
         torch.cuda.init()  # without it, there are no statistics
@@ -133,8 +134,8 @@ def _carry_out(request: dict[str, Any]) -> None:
 def _main() -> None:
     """The nursery."""
     import pytest  # noqa: F401  (the test files import it)
+    import torch
     import versions
-    import torch  # noqa: F401
 
     if versions.SNAPSHOTS_IMPORT_DYNAMO:
         import torch._dynamo  # noqa: F401  (seconds, once rather than in every test with a snapshot)

@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""Runs a test file of PyTorch's own on this machine's GPU, with `native` and then with `uvm`, and compares test by test.
+"""Runs a test file of PyTorch's own on this machine's GPU, with `native` and then with `uvm`, and compares test by
+test.
 
     python tests/python/pytorch_gpu.py PATH_TO_PYTORCH/test test_cuda.py [inductor/test_cudagraph_trees.py …]
 
-with the Python of an environment that holds PyTorch, torch-uvm, pytest, pytest-timeout and expecttest. The GPU must be free.
-Every test that passes with `native` must pass with `uvm`, but for those in pytorch_exceptions.json; otherwise, or if a test
-was not run before the deadline, the exit status is 1. (On the simulated device: pytorch_suite.py.)
+with the Python of an environment that holds PyTorch, torch-uvm, pytest, pytest-timeout and expecttest. The GPU must be
+free. Every test that passes with `native` must pass with `uvm`, but for those in pytorch_exceptions.json; otherwise, or
+if a test was not run before the deadline, the exit status is 1. (On the simulated device: pytorch_suite.py.)
 
-The tests are dealt to `--jobs` pytest processes at a time. A process that crashes, or hangs in one test, is started again
-with what it has not done. Managed memory that exceeds what a GPU has free can hang it for everybody: so all `uvm` processes
-together stay under a quarter of the GPU's memory, by their oversubscription ratio. What fails beside others is run once more in
-a process of its own, with that quarter for itself: some tests look at what tests before them have left.
+The tests are dealt to `--jobs` pytest processes at a time. A process that crashes, or hangs in one test, is started
+again with what it has not done. Managed memory that exceeds what a GPU has free can hang it for everybody: so all `uvm`
+processes together stay under a quarter of the GPU's memory, by their oversubscription ratio. What fails beside others
+is run once more in a process of its own, with that quarter for itself: some tests look at what tests before them have
+left.
 
-`--only FILE` takes the names from a JSON file: `{"test_cuda.py": {"native": ["Class.test", …], "uvm": […]}, …}`, and `--known
-FILE` the outcomes of an earlier run (what `--out` wrote) for all others: so a run may be spread over several sessions.
+`--only FILE` takes the names from a JSON file: `{"test_cuda.py": {"native": ["Class.test", …], "uvm": […]}, …}`, and
+`--known FILE` the outcomes of an earlier run (what `--out` wrote) for all others: so a run may be spread over several
+sessions.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def conf(ratio: float) -> str:
 
 
 def environment_of_tests(outcomes: Path) -> dict[str, str]:
-    """The variables of a pytest process that writes its outcomes to this file: those of this one, with PyTorch's own allocator."""
+    """The variables of a pytest process that writes its outcomes to this file: ours, with PyTorch's own allocator."""
     chosen = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TORCH_UVM_CONF_OF_CHILDREN")
     environment = {key: value for key, value in os.environ.items() if key not in chosen}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
@@ -208,7 +211,8 @@ class Run:
 
 def check_gpu_is_free() -> dict[str, Any]:
     """What the GPU is. SystemExit where PyTorch finds none, or it is not free."""
-    code = "import json, torch; print(json.dumps([torch.__version__, torch.cuda.get_device_name(), *torch.cuda.mem_get_info()]))"
+    facts = "torch.__version__, torch.cuda.get_device_name(), *torch.cuda.mem_get_info()"
+    code = f"import json, torch; print(json.dumps([{facts}]))"
     asked = subprocess.run(
         [sys.executable, "-c", code], env=environment_of_tests(Path(os.devnull)), capture_output=True, text=True
     )

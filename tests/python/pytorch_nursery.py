@@ -27,7 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from nursery import in_fork, serve  # noqa: E402  (needs the path above)
+from nursery import in_fork, serve
 
 #: Names of PyTorch's test helpers that later versions know by another name.
 RENAMED = {("torch.testing._internal.inductor_utils", "HAS_CUDA"): "HAS_CUDA_AND_TRITON"}

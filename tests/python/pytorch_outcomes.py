@@ -1,8 +1,9 @@
-"""A pytest plug-in for PyTorch's own test files (`-p pytorch_outcomes`): writes each outcome down as soon as it is known.
+"""A pytest plug-in for PyTorch's own test files (`-p pytorch_outcomes`): writes each outcome down as soon as it is
+known.
 
-A line of JSON for each test that begins, `["begin", name]`, and for each outcome, `["end", name, outcome, seconds, detail]`,
-to the file that TORCH_UVM_OUTCOMES names: what a process has learnt is not lost when it crashes or is ended. Names that
-PyTorch's test helpers lack in the installed version are given to them first.
+A line of JSON for each test that begins, `["begin", name]`, and for each outcome, `["end", name, outcome, seconds,
+detail]`, to the file that TORCH_UVM_OUTCOMES names: what a process has learnt is not lost when it crashes or is ended.
+Names that PyTorch's test helpers lack in the installed version are given to them first.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import json
 import os
 from typing import Any
 
-#: Names that test files near a release ask for, and what stands for them where the release lacks them: another name of the
-#: same module, or a value.
+#: Names that test files near a release ask for, and what stands for them where the release lacks them: another name of
+#: the same module, or a value.
 BRIDGED: dict[tuple[str, str], Any] = {
     ("torch.testing._internal.common_utils", "TEST_CUDAMALLOCASYNC"): False,
     ("torch.testing._internal.inductor_utils", "HAS_CUDA"): "HAS_CUDA_AND_TRITON",
@@ -23,7 +24,7 @@ DETAIL = 2000
 
 
 def pytest_configure() -> None:
-    """Bridges the names; settles this process's allocator, and gives processes that tests start their own configuration."""
+    """Bridges the names; settles this process's allocator; gives processes that tests start their configuration."""
     of_children = os.environ.get("TORCH_UVM_CONF_OF_CHILDREN")
     if of_children is not None:
         importlib.import_module("torch").cuda.init()

@@ -4,7 +4,8 @@
 On the simulated device (`cargo xtask test pytorch`, or by hand with the Python of an environment that holds the patched
 wheel, or a stock one with the plug-in); pytorch_gpu.py is for a real GPU:
 
-    TORCH_UVM_SIM_LIB=DIR python tests/python/pytorch_suite.py PATH_TO_PYTORCH_SOURCE [-k SUBSTRING] [--suite cudagraph_trees]
+    TORCH_UVM_SIM_LIB=DIR python tests/python/pytorch_suite.py PATH_TO_PYTORCH_SOURCE [-k SUBSTRING]
+        [--suite cudagraph_trees]
 
 Every test that passes with `native` must pass with `uvm`, but for those in pytorch_exceptions.json; otherwise the exit
 status is 1. It is 1 as well if a test was not run because the deadline came. The outcomes go to
@@ -38,8 +39,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
-import simulated  # noqa: E402  (needs the path above)
-from nursery import Client  # noqa: E402
+import simulated
+from nursery import Client
 
 BACKENDS = ("native", "uvm")
 EXCEPTIONS = HERE / "pytorch_exceptions.json"

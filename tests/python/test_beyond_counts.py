@@ -1,8 +1,8 @@
 """What memory beyond the device limit costs, in counts: faults, pages that move, bytes each way over the link.
 
-The experiments of `benches/beyond.py` on the simulated device, where they come out the same each time. Kernels do nothing
-there, so copies of weights and state stand for them. Each test also runs with a regression planted in the program,
-and then its figures must be wrong, by faults where pages come by faults: else it would show nothing.
+The experiments of `benches/beyond.py` on the simulated device, where they come out the same each time. Kernels do
+nothing there, so copies of weights and state stand for them. Each test also runs with a regression planted in the
+program, and then its figures must be wrong, by faults where pages come by faults: else it would show nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.one_version
 #: A small GPU whose link is PCIe: what has not been mapped beforehand faults there.
 MACHINE = ("--device", "h100", "--host", "4GiB", "--seed", "late", "--hbm")
 SMALL, LARGER = "96MiB", "192MiB"
-#: The limit that everything but the sweep has, and what a layer's weights, an activation or a moment take, in MiB: from 10
-#: MiB on the allocator takes no more than whole pages.
+#: The limit that everything but the sweep has, and what a layer's weights, an activation or a moment take, in MiB: from
+#: 10 MiB on the allocator takes no more than whole pages.
 LIMIT, UNIT = 80, 10
 LAYERS = 4 * LIMIT // UNIT
 #: Pages of 2 MiB of all weights.
@@ -33,8 +33,8 @@ PAGES = LAYERS * UNIT // 2
 #: Of the sweep: layers, and its limits in MiB beside the activation, from all of the weights to a fifth.
 SWEPT = 15
 LIMITS = tuple(fifths * SWEPT * UNIT // 5 for fifths in (5, 4, 3, 2, 1))
-#: Steps of training, and the first one in which nothing moves any more: by then twice the limit was freed since the state was
-#: made.
+#: Steps of training, and the first one in which nothing moves any more: by then twice the limit was freed since the
+#: state was made.
 STEPS, SETTLED = 12, 8
 
 PLACED = f"use_uvm:True,uvm_access_pattern:gpu_first,uvm_device_limit_mb:{LIMIT}"
@@ -60,8 +60,8 @@ def phase(name, **more):
     with open(os.path.join(os.environ["TORCH_UVM_SIM_REPORT"], f"{{os.getpid()}}.json")) as file:
         found = json.loads(file.readline())
     counters, traffic, populated = found["counters"], found["traffic"], found["populated"]
-    now = {{key: counters[key] for key in ("device_faults", "host_faults", "migrations", "evictions", "prefetch_skipped",
-                                          "slow_discard_writes", "host_overcommitted")}}
+    now = {{key: counters[key] for key in ("device_faults", "host_faults", "migrations", "evictions",
+                                          "prefetch_skipped", "slow_discard_writes", "host_overcommitted")}}
     now |= {{f"{{cause}}_{{way}}": traffic[cause][f"bytes_{{way}}"] for cause in traffic for way in ("h2d", "d2h")}}
     now |= {{"populated_by_faults": populated["faults"]["bytes_device"] + populated["faults"]["bytes_host"]}}
     device = torch_uvm.memory_info().populated_device
@@ -144,8 +144,8 @@ for limit in $limits:
     phase(f"limit {limit} unload")
 """
 
-#: Weights of 40 MiB, as much of activations and `x` as there is room for beside them, and 80 MiB of AdamW's state, made at the
-#: end of the first step.
+#: Weights of 40 MiB, as much of activations and `x` as there is room for beside them, and 80 MiB of AdamW's state, made
+#: at the end of the first step.
 TRAIN = """
 weights = [nn.Parameter(torch.empty(UNIT // 4, device="cuda")) for _ in range(4)]
 for seed, weight in enumerate(weights):

@@ -302,8 +302,8 @@ def test_sizes_near_the_end_of_the_address_space() -> None:
     """No overflow, no crash: OutOfMemoryError or a plain error, and the allocator goes on."""
     for count in (2**40, 2**62, 2**63 - 1, 2**63 - 511, 2**63 - 512 * 4096):
         for allocate in (
-            lambda: block(count),
-            lambda: torch.cuda.caching_allocator_alloc(count),
+            lambda count=count: block(count),
+            lambda count=count: torch.cuda.caching_allocator_alloc(count),
         ):
             try:
                 allocate()
@@ -396,11 +396,11 @@ def test_the_fraction_among_the_settings() -> None:
     """PyTorch's key is worth a call of `set_per_process_memory_fraction`: 512 MiB here."""
     block(1)
     same(torch.cuda.get_per_process_memory_fraction(), 0.25)
-    tensors, text = hoard(64 * MIB)
+    tensors, _ = hoard(64 * MIB)
     between(len(tensors) * 64 * MIB, 384 * MIB, 512 * MIB)
     del tensors
     torch.cuda.set_per_process_memory_fraction(0.5)
-    tensors, text = hoard(64 * MIB)
+    tensors, _ = hoard(64 * MIB)
     between(len(tensors) * 64 * MIB, 896 * MIB, 1024 * MIB)
 
 

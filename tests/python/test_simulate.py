@@ -14,6 +14,7 @@ import pytest
 from on_device import about_uvm
 from simulated import CHOSEN, library_directory
 from simulating import simulate, torch_uvm, totals_of
+
 from torch_uvm import _simulate
 
 #: Takes long, and is the same for every version of PyTorch.
@@ -141,7 +142,7 @@ def test_plain_and_managed_memory(tmp_path: Path) -> None:
 
 
 def test_several_processes(tmp_path: Path) -> None:
-    """Each is listed, also one that leaves without its exit handlers, one that is killed and one that became another."""
+    """Each is listed: one that leaves without its exit handlers, one that is killed, one that became another."""
     one = CUDA + "allocate({size} << 20)\ncall('cudaDeviceSynchronize')\n{end}\n"
     ends = {
         100: "",
@@ -162,7 +163,7 @@ def test_several_processes(tmp_path: Path) -> None:
 
 
 def test_children_forked_by_a_program(tmp_path: Path) -> None:
-    """A fork before CUDA's first use is a process of its own; one after it says nothing, least of all its parent's figures."""
+    """A fork before CUDA's first use is a process of its own; one after it says nothing, not its parent's figures."""
     code = CUDA + (
         "if os.fork() == 0:\n    allocate(100 << 20)\n    sys.exit(0)\n"
         "os.wait()\nallocate(200 << 20)\n"

@@ -1,4 +1,4 @@
-"""The package that is tested: installed beside a stock PyTorch; a patched one needs none, so there it is the repository's."""
+"""The package that is tested: the installed one beside a stock PyTorch, the repository's for a patched PyTorch."""
 
 import os
 import sys

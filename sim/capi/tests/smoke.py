@@ -148,7 +148,11 @@ def a_graph_in_the_making_is_there_to_be_asked_about():
 
     def info():
         status, number, graph, nodes, count = (
-            ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.POINTER(ctypes.c_void_p)(), ctypes.c_size_t()
+            ctypes.c_int(),
+            ctypes.c_uint64(),
+            ctypes.c_void_p(),
+            ctypes.POINTER(ctypes.c_void_p)(),
+            ctypes.c_size_t(),
         )
         answers = [ctypes.byref(answer) for answer in (status, number, graph, nodes)]
         assert runtime.cudaStreamGetCaptureInfo(stream, *answers, None, ctypes.byref(count)) == 0
@@ -225,9 +229,11 @@ def pools_are_apart():
         inside = torch.empty(MIB, dtype=torch.uint8, device="cuda")
     outside = torch.empty(MIB, dtype=torch.uint8, device="cuda")
     segments = {s["address"]: s for s in torch.cuda.memory_snapshot()}
+
     def pool_of(tensor):
         at = max(a for a in segments if a <= tensor.data_ptr())
         return segments[at]["segment_pool_id"]
+
     assert pool_of(inside) == pool.id and pool_of(outside) == (0, 0)
 
 
@@ -418,7 +424,9 @@ def other_processes_open_memory():
         shared = data.cuda()
         there.put(shared)
         assert here.get(timeout=120) == int(data.sum())
-        assert shared[0].item() == 255 and torch.equal(shared[1:].cpu(), data[1:]), "the child has written the first byte"
+        assert shared[0].item() == 255 and torch.equal(shared[1:].cpu(), data[1:]), (
+            "the child has written the first byte"
+        )
     finally:
         there.put(None)
         child.join(120)
