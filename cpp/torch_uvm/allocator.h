@@ -84,7 +84,7 @@ class UvmAllocator final : public AllocatorInterface {
   std::shared_ptr<c10::GatheredContext> context_of(const void* ptr) override;
   std::pair<size_t, size_t> memory_info(c10::DeviceIndex device) override;
   void attach_oom_rejection_observer(RejectionObserver observer) override;
-  c10::DataPtr allocate_at(size_t bytes, void* address) override;
+  c10::DataPtr allocate_at(size_t bytes, void* wanted) override;
 
  public:
   // Turns the times of the allocator's history into nanoseconds since 1970.
