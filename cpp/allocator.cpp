@@ -472,9 +472,11 @@ void UvmAllocator::begin_allocate_to_pool(
     CustomAllocator custom) {
   const auto custom_address = address(custom.get());
   custom_allocators().keep(device, pool, std::move(custom));
+  // A graph is captured on the stream that is current now.
+  const auto stream = reinterpret_cast<uint64_t>(c10::cuda::getCurrentCUDAStream(device).stream());
   check(
       bridge::begin_allocate_to_pool(
-          device, pool_id(pool), std::make_unique<bridge::StreamFilter>(std::move(filter)), custom_address));
+          device, pool_id(pool), std::make_unique<bridge::StreamFilter>(std::move(filter)), stream, custom_address));
 }
 
 void UvmAllocator::endAllocateToPool(c10::DeviceIndex device, MempoolId pool) {

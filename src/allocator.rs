@@ -336,7 +336,7 @@ impl Allocator {
     }
 
     /// Gives cached memory back to CUDA: everything that can be, or only that of one released pool. Waits for frees that wait
-    /// for events. Nothing while a CUDA graph is captured or a MemPool is in use.
+    /// for events. Nothing while a CUDA graph is captured.
     ///
     /// # Errors
     /// The driver's.
@@ -407,7 +407,8 @@ impl Allocator {
     }
 
     /// From now on requests on the streams that `filter` selects are served from this pool, which is made if need be and
-    /// held once more.
+    /// held once more. `stream` is the caller's current stream: if that captures, a CUDA graph is being captured, else only
+    /// a MemPool is in use.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device, a released pool, or one already recorded to.
@@ -416,9 +417,10 @@ impl Allocator {
         device: DeviceIndex,
         id: MempoolId,
         filter: StreamFilter,
+        stream: Stream,
         custom: Option<CustomAllocator>,
     ) -> Result<()> {
-        settled(self.device(device)?).begin_allocate_to_pool(id, filter, custom)
+        settled(self.device(device)?).begin_allocate_to_pool(id, filter, stream, custom)
     }
 
     /// Ends [`Allocator::begin_allocate_to_pool`]; the pool stays held.

@@ -350,8 +350,14 @@ pub(crate) mod ffi {
         fn set_user_metadata(metadata: &[u8]);
         fn user_metadata() -> String;
 
-        // Private pools. `custom`: the CUDAAllocator of a MemPool, or 0.
-        fn begin_allocate_to_pool(device: i32, pool: PoolId, filter: UniquePtr<StreamFilter>, custom: u64) -> bool;
+        // Private pools. `stream`: the caller's current one. `custom`: the CUDAAllocator of a MemPool, or 0.
+        fn begin_allocate_to_pool(
+            device: i32,
+            pool: PoolId,
+            filter: UniquePtr<StreamFilter>,
+            stream: u64,
+            custom: u64,
+        ) -> bool;
         fn end_allocate_to_pool(device: i32, pool: PoolId) -> bool;
         fn release_pool(device: i32, pool: PoolId) -> bool;
         fn ensure_pool(device: i32, pool: PoolId, custom: u64) -> bool;
@@ -628,12 +634,13 @@ fn begin_allocate_to_pool(
     device: DeviceIndex,
     pool: ffi::PoolId,
     filter: UniquePtr<ffi::StreamFilter>,
+    stream: u64,
     custom: u64,
 ) -> bool {
     with(|allocator| {
         let filter = hooks::Filter(filter);
         let filter = Box::new(move |stream: Stream| filter.accepts(stream));
-        allocator.begin_allocate_to_pool(device, pool_id(pool), filter, custom_allocator(custom))
+        allocator.begin_allocate_to_pool(device, pool_id(pool), filter, Stream(stream), custom_allocator(custom))
     })
     .is_some()
 }

@@ -18,7 +18,7 @@ pub use snapshot::{BlockInfo, SegmentInfo};
 use crate::allocator::{Hooks, StreamFilter};
 use crate::blocks::{Block, BlockId, BlockState, Blocks, ListId, MIN_BLOCK};
 use crate::budget::{Budget, Populated};
-use crate::driver::{DeviceIndex, DeviceInfo, DevicePtr, Driver, IpcHandle, Stream};
+use crate::driver::{DeviceIndex, DeviceInfo, DevicePtr, Driver, IpcHandle, Stream, captures};
 use crate::error::{Error, Result};
 use crate::history::{Action, Context, History, Labels, PlaceHistory, Recording, TraceEntry, user_metadata};
 use crate::options::{AccessPattern, NativeOptions, Options};
@@ -58,9 +58,12 @@ pub struct Allocation {
     pub stream: Stream,
 }
 
-struct Capture {
+/// Requests on some streams are served from a private pool: a graph is captured, or a MemPool is in use.
+struct Route {
     pool: PoolId,
     filter: StreamFilter,
+    /// The stream that was current when the route began: a graph is captured on it, or nothing is.
+    stream: Stream,
 }
 
 fn live_segment(segments: &mut [Option<Segment>], id: SegmentId) -> &mut Segment {
@@ -132,7 +135,7 @@ pub struct DeviceState {
     /// Whether the options' rounding is what the caches know.
     plain_rounding: bool,
     waits: Waits,
-    captures: Vec<Capture>,
+    routes: Vec<Route>,
     stats: DeviceStats,
     /// Reserved bytes of private pools; those of pools that are gone stay until statistics are reset.
     pool_reserved: FxHashMap<MempoolId, StatArray>,
@@ -192,7 +195,7 @@ impl DeviceState {
             threads: Vec::new(),
             taken: Vec::new(),
             waits: Waits::default(),
-            captures: Vec::new(),
+            routes: Vec::new(),
             stats: DeviceStats::default(),
             pool_reserved: FxHashMap::default(),
             places: PlaceStats::default(),
@@ -281,8 +284,7 @@ impl DeviceState {
         stream: Stream,
         context: &mut Option<Context>,
     ) -> Result<std::result::Result<DevicePtr, Request>> {
-        if !self.waits.is_idle() && self.captures.is_empty() {
-            // Events may not be queried while a capture is underway.
+        if !self.waits.is_idle() && !self.capturing() {
             self.process_events()?;
         }
         // What this thread has parked, it did not ask for. What others have, they may be about to ask for again: it is
@@ -305,14 +307,28 @@ impl DeviceState {
     #[inline]
     fn request(&mut self, bytes: u64, stream: Stream) -> Request {
         let rounded = round_size(bytes, &self.native);
-        let pool = if self.captures.is_empty() { PoolId::DEFAULT } else { self.captured_pool(stream) };
+        let pool = if self.routes.is_empty() { PoolId::DEFAULT } else { self.routed_pool(stream) };
         Request { bytes, rounded, stream, list: self.pools.list_for(pool, rounded, stream) }
     }
 
     #[cold]
-    fn captured_pool(&self, stream: Stream) -> PoolId {
+    fn routed_pool(&self, stream: Stream) -> PoolId {
         // The innermost of nested pools.
-        self.captures.iter().rev().find(|c| (c.filter)(stream)).map_or(PoolId::DEFAULT, |c| c.pool)
+        self.routes.iter().rev().find(|route| (route.filter)(stream)).map_or(PoolId::DEFAULT, |route| route.pool)
+    }
+
+    /// Whether a CUDA graph is being captured on this device, so that nothing is given back or moved and frees are not
+    /// waited for. A MemPool in use is no capture, although PyTorch announces both in the same way: CUDA is asked about
+    /// the stream. (PyTorch's own allocator is told from 2.13 on; before, it took a MemPool for a capture.)
+    #[inline]
+    fn capturing(&self) -> bool {
+        !self.routes.is_empty() && self.routes_capture()
+    }
+
+    #[cold]
+    fn routes_capture(&self) -> bool {
+        // A stream that CUDA knows nothing of, such as one that the program has destroyed, captures nothing.
+        self.routes.iter().any(|route| captures(&*self.driver, self.device, route.stream).unwrap_or(false))
     }
 
     /// The best fitting free block of the request's list, still in it.
@@ -464,7 +480,7 @@ impl DeviceState {
         stream: Stream,
         context: Option<Context>,
     ) -> Result<DevicePtr> {
-        if !self.waits.is_idle() && self.captures.is_empty() {
+        if !self.waits.is_idle() && !self.capturing() {
             self.process_events()?;
         }
         let request = self.request(bytes, stream);
@@ -564,7 +580,7 @@ impl DeviceState {
         let Block { bytes, list, has_uses, has_context, oversize, has_marks, .. } = self.blocks[block];
         self.plain_rounding
             && !self.tracing
-            && self.captures.is_empty()
+            && self.routes.is_empty()
             && !(has_uses || has_context || oversize || has_marks)
             && bytes < self.native.max_split_size
             && self.pools[list].pool == PoolId::DEFAULT
@@ -718,7 +734,7 @@ impl DeviceState {
     /// Whether a freed block that was recorded on other streams has to wait.
     #[cold]
     fn must_wait(&mut self, block: BlockId) -> bool {
-        if !self.captures.is_empty() {
+        if self.capturing() {
             self.waits.defer(block);
             return true;
         }
@@ -845,10 +861,8 @@ impl DeviceState {
         let block = self.find(ptr)?;
         // Uses on the allocation's own stream are ordered by the stream itself.
         if (device, stream) != (self.device, self.pools[self.blocks[block].list].stream) {
-            // `captures` also holds MemPools in use. Only what really is captured needs no event afterwards; where CUDA
-            // does not say so, the event is recorded.
-            let captured =
-                !self.captures.is_empty() && self.driver.stream_is_capturing(device, stream).unwrap_or(false);
+            // Only what really is captured needs no event afterwards; where CUDA does not say so, the event is recorded.
+            let captured = !self.routes.is_empty() && self.driver.stream_is_capturing(device, stream).unwrap_or(false);
             self.waits.record_use(block, (device, stream), captured);
             self.blocks[block].has_uses = true;
         }

@@ -63,8 +63,8 @@ struct HistoryRequest {
 // PyTorch's interface with the same methods in every version: what changed its signature, or came later, ends here in
 // one of ours.
 //
-// Two methods are left as they are: markCaptureBegin and markCaptureEnd (2.13). This allocator asks CUDA which streams
-// capture, and needs not be told.
+// Two methods are left as they are: markCaptureBegin and markCaptureEnd (2.13), by which PyTorch tells a capture from a
+// MemPool in use. This allocator asks CUDA whether the stream captures, which works with every version.
 class AllocatorInterface : public c10cca::CUDAAllocator {
  public:
 #if TORCH_UVM_SINCE(209)

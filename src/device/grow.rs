@@ -91,7 +91,7 @@ impl DeviceState {
         let Err(mut exceeded) = self.new_memory(request, context)? else {
             return Ok(self.best_fit(request).ok_or(self.nothing_left()));
         };
-        if self.captures.is_empty() {
+        if !self.capturing() {
             if self.release_oversize(request, context)? && self.new_memory(request, context)?.is_ok() {
                 return Ok(self.best_fit(request).ok_or(self.nothing_left()));
             }
@@ -742,9 +742,8 @@ impl DeviceState {
     }
 
     /// Gives all wholly free segments back, and the free pages of others: those of the default pool and of pools that nobody
-    /// holds, or only those of one such pool. Nothing while a CUDA graph is captured or a MemPool is in use, as `native`: giving
-    /// memory back waits for the device, which no capture survives. Where the device is ample then, live memory that was moved
-    /// out comes back.
+    /// holds, or only those of one such pool. Nothing while a CUDA graph is captured, as `native`: giving memory back waits
+    /// for the device. Where the device is ample then, live memory that was moved out comes back.
     ///
     /// # Errors
     /// The driver's.
@@ -758,8 +757,8 @@ impl DeviceState {
         if mempool != DEFAULT_POOL && freeable.is_empty() {
             return Ok(());
         }
-        if !self.captures.is_empty() {
-            tracing::debug!(device = self.device, "cached memory is kept while a capture or a MemPool is underway");
+        if self.capturing() {
+            tracing::debug!(device = self.device, "cached memory is kept while a graph is captured");
             return Ok(());
         }
         // No stream of this device captures, but one of another may.
@@ -809,7 +808,7 @@ impl DeviceState {
         let limit = self.budget.device_limit();
         let keep = self.pressure.margin(limit, self.keep_free());
         let wanted = self.populated.device.saturating_add(bytes).saturating_add(keep);
-        if wanted <= limit || !self.captures.is_empty() || self.options.access_pattern == AccessPattern::Device {
+        if wanted <= limit || self.options.access_pattern == AccessPattern::Device || self.capturing() {
             return Ok(());
         }
         let mut excess = (wanted - limit).min(bytes);
@@ -879,7 +878,7 @@ impl DeviceState {
     /// share of what it is allowed. As in `native`, only where the program set a fraction.
     fn collect_garbage(&mut self, context: &Option<Context>) -> Result<()> {
         let threshold = self.native.garbage_collection_threshold;
-        if threshold <= 0.0 || !self.budget.fraction_is_set() || !self.captures.is_empty() {
+        if threshold <= 0.0 || !self.budget.fraction_is_set() || self.capturing() {
             return Ok(());
         }
         let allowed = self.budget.allowed().unwrap_or_else(|| self.budget.capacity(&self.populated, None).capacity);

@@ -138,7 +138,7 @@ impl DeviceState {
     /// # Errors
     /// The driver's. What has moved stays out.
     pub(super) fn make_room(&mut self, bytes: u64, stream: Stream) -> Result<bool> {
-        let may = self.options.prefetch && self.captures.is_empty() && self.movers.may_search(self.clock);
+        let may = self.options.prefetch && self.movers.may_search(self.clock) && !self.capturing();
         if !may || self.captures_now(stream)? {
             return Ok(false);
         }
@@ -543,7 +543,7 @@ impl DeviceState {
         let on = (stream, self.captures_now(stream)?);
         // Into host memory, discarding is no cheaper than moving; where there is one memory, nothing is carried. CUDA
         // allows a discard beside a capture (docs/driver-contract.md), but there it has not been tried in this order.
-        let discard = wanted == Place::Device && self.info.discard && !self.info.integrated && self.captures.is_empty();
+        let discard = wanted == Place::Device && self.info.discard && !self.info.integrated && !self.capturing();
         for run in strays {
             let run = run.start..run.end.min(run.start + room);
             if run.is_empty() {

@@ -1,6 +1,6 @@
 //! Private pools: CUDA graphs and MemPools, and the checkpoints that CUDA graph trees make of them.
 
-use super::{Capture, DeviceState, Request};
+use super::{DeviceState, Request, Route};
 use crate::allocator::StreamFilter;
 use crate::blocks::{BlockId, BlockState};
 use crate::driver::{DeviceIndex, DevicePtr, Stream};
@@ -82,7 +82,8 @@ impl DeviceState {
         }
     }
 
-    /// From now on requests on the streams that `filter` selects are served from this pool.
+    /// From now on requests on the streams that `filter` selects are served from this pool. `stream` is the caller's
+    /// current one: where a graph is captured, it is captured on that.
     ///
     /// # Errors
     /// As [`DeviceState::ensure_pool`]; [`Error::InvalidArgument`] when this pool already is recorded to.
@@ -90,9 +91,10 @@ impl DeviceState {
         &mut self,
         id: MempoolId,
         filter: StreamFilter,
+        stream: Stream,
         custom: Option<CustomAllocator>,
     ) -> Result<()> {
-        if self.captures.iter().any(|capture| self.pools[capture.pool].id == id) {
+        if self.routes.iter().any(|route| self.pools[route.pool].id == id) {
             return Err(Error::InvalidArgument(format!(
                 "beginAllocateToPool: already recording to mempool ({}, {})",
                 id.0, id.1
@@ -100,7 +102,7 @@ impl DeviceState {
         }
         let pool = self.ensure_pool(id, custom)?;
         self.empty_threads();
-        self.captures.push(Capture { pool, filter });
+        self.routes.push(Route { pool, filter, stream });
         Ok(())
     }
 
@@ -109,13 +111,13 @@ impl DeviceState {
     /// # Errors
     /// [`Error::InvalidArgument`] when this pool is not recorded to.
     pub fn end_allocate_to_pool(&mut self, id: MempoolId) -> Result<()> {
-        let index = self.captures.iter().position(|capture| self.pools[capture.pool].id == id).ok_or_else(|| {
+        let index = self.routes.iter().position(|route| self.pools[route.pool].id == id).ok_or_else(|| {
             Error::InvalidArgument(format!(
                 "endAllocateToPool: not currently recording to mempool ({}, {})",
                 id.0, id.1
             ))
         })?;
-        self.captures.remove(index);
+        self.routes.remove(index);
         Ok(())
     }
 
@@ -222,7 +224,7 @@ impl DeviceState {
                 id.0, id.1
             )));
         }
-        if self.captures.is_empty() {
+        if !self.capturing() {
             self.process_events()?;
         }
         if self.pool_waits(pool) {

@@ -3,11 +3,11 @@
 use crate::world::{MIB, World};
 use std::collections::HashSet;
 use torch_uvm::allocator::CustomAllocator;
-use torch_uvm::driver::DevicePtr;
+use torch_uvm::driver::{CaptureMode, DevicePtr};
 use torch_uvm::error::Error;
 use torch_uvm::options::{AccessPattern, NativeOptions};
 use torch_uvm::pools::{DEFAULT_POOL, MempoolId};
-use torch_uvm_sim::PointerKind;
+use torch_uvm_sim::{Config, PointerKind};
 
 const GRAPH: MempoolId = (0, 7);
 const OTHER: MempoolId = (0, 8);
@@ -116,17 +116,16 @@ fn pools_are_counted_and_misuse_is_refused() {
     invalid(world.allocator.ensure_pool(0, DEFAULT_POOL, None));
     world.allocator.ensure_pool(0, GRAPH, None).unwrap();
     world.begin_pool(GRAPH, 0);
-    invalid(world.allocator.begin_allocate_to_pool(0, GRAPH, Box::new(|_| true), None));
+    invalid(world.allocator.begin_allocate_to_pool(0, GRAPH, Box::new(|_| true), world.streams[0], None));
     assert_eq!(world.allocator.pool_use_count(0, GRAPH).unwrap(), 2, "a refused begin holds nothing");
-    let cached = world.empty(30 * MIB, 1).unwrap();
-    world.allocator.free(cached, None).unwrap();
-    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
-    assert_eq!(world.reserved(), 30 * MIB, "giving memory back waits for the device, which no capture survives");
     world.end_pool(GRAPH);
-    world.allocator.release_pool(0, GRAPH).unwrap();
-    world.allocator.release_pool(0, GRAPH).unwrap();
+    let held = in_pool(&world, GRAPH, &[30 * MIB])[0];
+    for _ in 0..3 {
+        world.allocator.release_pool(0, GRAPH).unwrap();
+    }
     invalid(world.allocator.release_pool(0, GRAPH));
-    invalid(world.allocator.begin_allocate_to_pool(0, GRAPH, Box::new(|_| true), None));
+    invalid(world.allocator.begin_allocate_to_pool(0, GRAPH, Box::new(|_| true), world.streams[0], None));
+    world.allocator.free(held, None).unwrap();
     world.finish();
 }
 
@@ -134,7 +133,7 @@ fn pools_are_counted_and_misuse_is_refused() {
 fn a_mempools_own_allocator_makes_and_frees_its_segments() {
     let world = World::small();
     let mine = Some(CustomAllocator(42));
-    world.allocator.begin_allocate_to_pool(0, (3, 0), Box::new(|_| true), mine).unwrap();
+    world.allocator.begin_allocate_to_pool(0, (3, 0), Box::new(|_| true), world.streams[0], mine).unwrap();
     let ptrs: Vec<DevicePtr> = (0..3).map(|_| world.empty(MIB, 0).unwrap()).collect();
     world.end_pool((3, 0));
     assert_eq!(world.hooks.custom.lock().values().copied().collect::<Vec<_>>(), [2 * MIB, 2 * MIB]);
@@ -297,6 +296,101 @@ fn a_checkpoint_that_does_not_fit_changes_nothing() {
     assert!(world.allocator.restore_pool(0, &state, None).is_err());
     assert!(world.allocator.allocation(again[0]).is_ok());
     world.allocator.free(again[0], None).unwrap();
+    world.allocator.release_pool(0, GRAPH).unwrap();
+    world.finish();
+}
+
+/// A MemPool, as `torch.cuda.use_mem_pool` makes it: no stream captures.
+const USERS: MempoolId = (5, 0);
+
+#[test]
+fn a_mempool_in_use_stops_no_waiting_free() {
+    // In the pool, and on a stream that is in none.
+    for stream in [0, 1] {
+        let world = World::small();
+        world.begin_pool(USERS, 0);
+        for _ in 0..12 {
+            let ptr = world.empty(64 * MIB, stream).unwrap();
+            world.allocator.record_stream(ptr, 0, world.streams[2]).unwrap();
+            world.allocator.free(ptr, None).unwrap();
+            world.machine.device_synchronize(0).unwrap();
+        }
+        assert_eq!(world.reserved(), 64 * MIB, "each free was over before the next request");
+        world.end_pool(USERS);
+        world.allocator.release_pool(0, USERS).unwrap();
+        world.finish();
+    }
+}
+
+#[test]
+fn a_mempool_in_use_keeps_no_other_cache() {
+    let world = World::small();
+    world.begin_pool(USERS, 0);
+    let inside = world.empty(30 * MIB, 0).unwrap();
+    for stream in [1, 2] {
+        let cached = world.empty(30 * MIB, stream).unwrap();
+        world.allocator.record_stream(cached, 0, world.streams[3 - stream]).unwrap();
+        world.allocator.free(cached, None).unwrap();
+    }
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    assert_eq!(world.reserved(), 30 * MIB);
+    world.end_pool(USERS);
+    world.allocator.free(inside, None).unwrap();
+    world.allocator.release_pool(0, USERS).unwrap();
+    world.finish();
+}
+
+#[test]
+fn a_request_in_a_mempool_gets_what_other_caches_hold() {
+    let config = || Config::small_gh200().device_memory(256 * MIB).host_memory(4096 * MIB);
+    for conf in [
+        "uvm_access_pattern:device",
+        "uvm_oversubscription_ratio:1",
+        "uvm_oversubscription_ratio:1,uvm_access_pattern:cpu_first",
+    ] {
+        let world = World::new(config(), conf);
+        let cached = world.empty(160 * MIB, 1).unwrap();
+        world.allocator.free(cached, None).unwrap();
+        world.begin_pool(USERS, 0);
+        let inside = world.empty(120 * MIB, 0).expect("the cache is given back first");
+        world.end_pool(USERS);
+        world.allocator.free(inside, None).unwrap();
+        world.allocator.release_pool(0, USERS).unwrap();
+        world.finish();
+    }
+}
+
+#[test]
+fn garbage_is_collected_while_a_mempool_is_in_use() {
+    let world = World::small();
+    let native = NativeOptions { garbage_collection_threshold: 0.1, ..NativeOptions::default() };
+    world.allocator.set_native_options(native);
+    world.allocator.set_memory_fraction(0, 0.5).unwrap();
+    let cached = world.empty(600 * MIB, 1).unwrap();
+    world.allocator.free(cached, None).unwrap();
+    world.begin_pool(USERS, 0);
+    let inside = world.empty(30 * MIB, 0).unwrap();
+    assert_eq!(world.reserved(), 30 * MIB, "what was cached for long is above the threshold");
+    world.end_pool(USERS);
+    world.allocator.free(inside, None).unwrap();
+    world.allocator.release_pool(0, USERS).unwrap();
+    world.finish();
+}
+
+#[test]
+fn a_capture_that_is_underway_keeps_everything_where_it_is() {
+    let world = World::small();
+    let cached = world.empty(30 * MIB, 1).unwrap();
+    world.allocator.free(cached, None).unwrap();
+    world.begin_pool(GRAPH, 0);
+    world.machine.begin_capture(0, world.streams[0], CaptureMode::Relaxed).unwrap();
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    assert_eq!(world.reserved(), 30 * MIB, "a capture is underway");
+    let graph = world.machine.end_capture(0, world.streams[0]).unwrap();
+    world.machine.graph_destroy(graph).unwrap();
+    world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
+    assert_eq!(world.reserved(), 0, "the pool is still used, but nothing is captured");
+    world.end_pool(GRAPH);
     world.allocator.release_pool(0, GRAPH).unwrap();
     world.finish();
 }

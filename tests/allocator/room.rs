@@ -192,7 +192,7 @@ fn moves_that_are_regretted_are_counted_and_become_rarer() {
 }
 
 #[test]
-fn nothing_moves_while_a_graph_is_captured_or_a_pool_is_in_use() {
+fn nothing_moves_while_a_graph_is_captured() {
     let (mut world, old) = full();
     let stream = world.streams[2];
     world.machine.begin_capture(0, stream, CaptureMode::Global).unwrap();
@@ -212,6 +212,21 @@ fn nothing_moves_while_a_graph_is_captured_or_a_pool_is_in_use() {
         world.free(tensor);
     }
     world.allocator.release_pool(0, (0, 1)).unwrap();
+    world.finish();
+}
+
+#[test]
+fn what_lives_long_moves_while_a_mempool_is_in_use() {
+    let (mut world, old) = full();
+    world.begin_pool((1, 0), 0);
+    let new = world.tensor(30 * MIB, 0).unwrap();
+    assert_eq!((stats(&world).moves_out, on_host(&world, &new)), (1, 0));
+    world.end_pool((1, 0));
+    for tensor in old.into_iter().chain([new]) {
+        world.verify(&tensor);
+        world.free(tensor);
+    }
+    world.allocator.release_pool(0, (1, 0)).unwrap();
     world.finish();
 }
 

@@ -249,7 +249,7 @@ impl World {
     pub fn begin_pool(&self, id: MempoolId, stream: usize) {
         let wanted = self.streams[stream];
         self.allocator
-            .begin_allocate_to_pool(0, id, Box::new(move |stream| stream == wanted), None)
+            .begin_allocate_to_pool(0, id, Box::new(move |stream| stream == wanted), wanted, None)
             .expect("begin_allocate_to_pool");
     }
 

@@ -135,7 +135,7 @@ pub fn a_capture_survives_allocations(machine: &dyn Machine) {
     let other = machine.driver().stream_create(DEVICE).unwrap();
     let before = allocator.allocate(DEVICE, 4096, other, None).unwrap();
     let pool = (0, 1);
-    allocator.begin_allocate_to_pool(DEVICE, pool, Box::new(move |stream| stream == captured), None).unwrap();
+    allocator.begin_allocate_to_pool(DEVICE, pool, Box::new(move |stream| stream == captured), captured, None).unwrap();
     machine.begin_capture(captured, CaptureMode::Global).unwrap();
     let inside: Vec<_> =
         [512, 8 * MIB, 40 * MIB].map(|bytes| allocator.allocate(DEVICE, bytes, captured, None).unwrap()).into();

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -344,3 +346,47 @@ def test_statistics_with_pools() -> None:
     torch.cuda.empty_cache()
     check_agreement("at the end")
     same(torch.cuda.memory_reserved(), 0)
+
+
+def in_another_thread(work: Callable[[], object]) -> None:
+    """Runs `work` where no pool is in use."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@on_device()
+def test_a_pool_in_use_stops_no_reclaiming() -> None:
+    """A pool in use is no capture: frees that waited for a stream are over when it is, in the pool and in threads that are
+    in none, and `empty_cache` gives back what nobody holds."""
+    if torch.cuda.get_allocator_backend() == "native" and not versions.NATIVE_KNOWS_CAPTURES_FROM_POOLS:
+        return
+    side, pool = torch.cuda.Stream(), torch.cuda.MemPool()
+
+    def come_and_go() -> None:
+        for _ in range(12):
+            tensor = block(64 * MIB)
+            tensor.record_stream(side)
+            del tensor
+            torch.cuda.synchronize()
+
+    with torch.cuda.use_mem_pool(pool):
+        come_and_go()
+        same(torch.cuda.memory_reserved(), 64 * MIB, "in the pool")
+        in_another_thread(come_and_go)
+        same(torch.cuda.memory_reserved(), 128 * MIB, "with a thread that is in no pool")
+        in_another_thread(torch.cuda.empty_cache)
+        same(torch.cuda.memory_reserved(), 64 * MIB, "the pool keeps its own")
+
+
+@on_device("use_uvm:True,uvm_access_pattern:device")
+def test_a_request_in_a_pool_gets_the_memory_of_other_caches() -> None:
+    """Unused memory of the default pool goes back to CUDA before a request in a pool fails."""
+    if torch.cuda.get_allocator_backend() == "native" and not versions.NATIVE_KNOWS_CAPTURES_FROM_POOLS:
+        return
+    cached = block(1200 * MIB)
+    del cached
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        tensor = filled(1, 1100 * MIB)
+    check(tensor, 1)

@@ -27,6 +27,9 @@ MEMPOOL_TELLS_ITS_ALLOCATOR = hasattr(torch.cuda.MemPool, "allocator")
 #: nobody wrote, and leaves CUDA's error to the next call, whatever that is.
 UNBEGUN_CAPTURE_ENDS_WELL = PYTORCH < (2, 15)
 
+#: PyTorch's own allocator goes on reclaiming while a MemPool is in use. Before, it took one for a capture.
+NATIVE_KNOWS_CAPTURES_FROM_POOLS = PYTORCH >= (2, 13)
+
 #: Reading a snapshot imports `torch._dynamo`.
 SNAPSHOTS_IMPORT_DYNAMO = PYTORCH >= (2, 9)
 
