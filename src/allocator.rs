@@ -341,7 +341,12 @@ impl Allocator {
     /// # Errors
     /// The driver's.
     pub fn empty_cache(&self, mempool: MempoolId, context: Option<Context>) -> Result<()> {
-        self.devices().iter().try_for_each(|state| settled(state).release_cached(mempool, &context))
+        let mut first = Ok(());
+        for state in self.devices() {
+            let released = settled(state).release_cached(mempool, &context);
+            first = first.and(released);
+        }
+        first
     }
 
     /// The largest block that could be had, in bytes.

@@ -738,13 +738,7 @@ impl DeviceState {
             self.waits.defer(block);
             return true;
         }
-        match self.waits.freed(&*self.driver, block) {
-            Ok(waits) => waits,
-            Err(error) => {
-                tracing::warn!(device = self.device, %error, "a free waits until its events can be recorded");
-                true
-            }
-        }
+        self.waits.freed(&*self.driver, block)
     }
 
     /// Frees a block that nothing uses any more, whole.
@@ -875,25 +869,22 @@ impl DeviceState {
         // Another device, or another thread, may be capturing.
         let _relaxed = Relaxed::enter(&self.driver)?;
         let mut done = std::mem::take(&mut self.done);
-        let result = self
-            .waits
-            .record_deferred(&*self.driver, &mut done)
-            .and_then(|()| self.waits.poll(&*self.driver, &mut done));
+        self.waits.record_deferred(&*self.driver, &mut done);
+        self.waits.poll(&*self.driver, &mut done);
         self.free_done(done);
-        Ok(result?)
+        Ok(())
     }
 
     /// Waits for everything that frees wait for, in one pool or in all.
-    fn synchronize_events(&mut self, pool: Option<PoolId>) -> Result<()> {
+    fn synchronize_events(&mut self, pool: Option<PoolId>) {
         self.stats.num_sync_all_streams += 1;
         let mut done = std::mem::take(&mut self.done);
         let Self { waits, driver, blocks, pools, .. } = self;
-        let result = waits.record_deferred(&**driver, &mut done).and_then(|()| {
-            let which = |block: BlockId| pool.is_none_or(|pool| pools[blocks[block].list].pool == pool);
-            waits.synchronize(&**driver, which, &mut done)
-        });
+        waits.retry_refused();
+        waits.record_deferred(&**driver, &mut done);
+        let which = |block: BlockId| pool.is_none_or(|pool| pools[blocks[block].list].pool == pool);
+        waits.synchronize(&**driver, which, &mut done);
         self.free_done(done);
-        Ok(result?)
     }
 
     fn free_done(&mut self, mut done: Vec<BlockId>) {

@@ -87,16 +87,24 @@ impl DeviceState {
     }
 
     fn obtain(&mut self, request: &Request, context: &Option<Context>) -> Result<Obtained> {
-        self.collect_garbage(context)?;
+        self.collect_garbage(context);
         let Err(mut exceeded) = self.new_memory(request, context)? else {
             return Ok(self.best_fit(request).ok_or(self.nothing_left()));
         };
         if !self.capturing() {
-            if self.release_oversize(request, context)? && self.new_memory(request, context)?.is_ok() {
-                return Ok(self.best_fit(request).ok_or(self.nothing_left()));
+            // What CUDA does not take back is only told where the rest is not enough.
+            let mut released = Ok(());
+            match self.release_oversize(request, context) {
+                Ok(false) => {}
+                Ok(true) => {
+                    if self.new_memory(request, context)?.is_ok() {
+                        return Ok(self.best_fit(request).ok_or(self.nothing_left()));
+                    }
+                }
+                Err(error) => released = Err(error),
             }
             let before = self.populated.total();
-            self.release_cached(DEFAULT_POOL, context)?;
+            released = released.and(self.release_cached(DEFAULT_POOL, context));
             let given_back = before - self.populated.total();
             self.places.hard_reclamations += 1;
             self.places.reclaimed += given_back;
@@ -110,6 +118,10 @@ impl DeviceState {
                 Ok(()) => return Ok(self.best_fit(request).ok_or(self.nothing_left())),
                 Err(again) => exceeded = again,
             }
+            if let Some(block) = self.borrow(request) {
+                return Ok(Ok(block));
+            }
+            return released.map(|()| Err(exceeded));
         }
         Ok(self.borrow(request).ok_or(exceeded))
     }
@@ -158,15 +170,15 @@ impl DeviceState {
         let limit = self.budget.device_limit();
         match pattern {
             AccessPattern::GpuFirst => {
-                self.relieve(step, request, context)?;
+                self.relieve(step, request, context);
                 self.note_pressure(step);
                 let excess = self.populated.device.saturating_add(step).saturating_sub(limit);
                 // What will not fit on the device whatever moves out is placed in host memory at once.
                 if excess > 0 && step <= limit {
-                    self.make_room(excess, request.stream)?;
+                    self.make_room(excess, request.stream);
                 }
             }
-            AccessPattern::Device => self.relieve(step, request, context)?,
+            AccessPattern::Device => self.relieve(step, request, context),
             AccessPattern::Balanced | AccessPattern::CpuFirst => {}
         }
         let plan = placement::plan(pattern, self.populated.device, step, limit);
@@ -765,13 +777,13 @@ impl DeviceState {
         let _relaxed = Relaxed::enter(&self.driver)?;
         let mut first = Ok(());
         if mempool == DEFAULT_POOL {
-            self.synchronize_events(None)?;
+            self.synchronize_events(None);
             let released = self.release_free(PoolId::DEFAULT, context);
             first = first.and(released);
         }
         for pool in freeable {
             if mempool != DEFAULT_POOL {
-                self.synchronize_events(Some(pool))?;
+                self.synchronize_events(Some(pool));
             }
             let released = self.release_free(pool, context);
             first = first.and(released);
@@ -792,16 +804,18 @@ impl DeviceState {
 
     /// Stage 1 of reclamation: when the device is nearly full, wholly free segments on it are given back before it is
     /// populated further for a request, then the free pages of others.
-    fn relieve(&mut self, bytes: u64, request: &Request, context: &Option<Context>) -> Result<()> {
+    fn relieve(&mut self, bytes: u64, request: &Request, context: &Option<Context>) {
         let before = self.populated.device;
-        let relieved = self.give_back_on_device(bytes, request, context);
+        if let Err(error) = self.give_back_on_device(bytes, request, context) {
+            // The request may do without.
+            tracing::warn!(device = self.device, %error, "cached memory could not be given back");
+        }
         let given_back = before - self.populated.device;
         if given_back > 0 {
             self.places.light_reclamations += 1;
             self.places.reclaimed += given_back;
             tracing::debug!(device = self.device, bytes = given_back, "cached memory was given back");
         }
-        relieved
     }
 
     fn give_back_on_device(&mut self, bytes: u64, request: &Request, context: &Option<Context>) -> Result<()> {
@@ -818,15 +832,18 @@ impl DeviceState {
             .map(|(id, _)| (id, self.segment(id).populated_in(Place::Device)))
             .filter(|&(_, bytes)| bytes > 0)
             .collect();
+        let mut first = Ok(());
         for (id, bytes) in on_device {
             if excess == 0 {
                 break;
             }
-            self.release_segment(id, context)?;
-            excess = excess.saturating_sub(bytes);
+            match self.release_segment(id, context) {
+                Ok(()) => excess = excess.saturating_sub(bytes),
+                Err(error) => first = first.and(Err(error)),
+            }
         }
         if excess == 0 {
-            return Ok(());
+            return first;
         }
         let mut pages = self.vacatable(PoolId::DEFAULT);
         // Those of the request's own list would only be populated again for it.
@@ -835,7 +852,7 @@ impl DeviceState {
             excess = excess.saturating_sub(if taken { bytes } else { 0 });
             taken
         });
-        self.vacate_all(pages, context)
+        first.and(self.vacate_all(pages, context))
     }
 
     /// `max_split_size_mb`: gives oversize segments back until the request would fit in their place. Answers
@@ -876,10 +893,10 @@ impl DeviceState {
 
     /// `garbage_collection_threshold`: gives back large segments that were free for long, when the process uses more than that
     /// share of what it is allowed. As in `native`, only where the program set a fraction.
-    fn collect_garbage(&mut self, context: &Option<Context>) -> Result<()> {
+    fn collect_garbage(&mut self, context: &Option<Context>) {
         let threshold = self.native.garbage_collection_threshold;
         if threshold <= 0.0 || !self.budget.fraction_is_set() || self.capturing() {
-            return Ok(());
+            return;
         }
         let allowed = self.budget.allowed().unwrap_or_else(|| self.budget.capacity(&self.populated, None).capacity);
         let start = (threshold * allowed as f64) as u64;
@@ -898,12 +915,16 @@ impl DeviceState {
             let average = candidates.iter().map(|&(_, _, age)| age).sum::<u64>() / candidates.len() as u64;
             let (old, young): (Vec<_>, Vec<_>) = candidates.into_iter().partition(|&(_, _, age)| age >= average);
             for (id, bytes, _) in old {
-                self.release_segment(id, context)?;
-                excess = excess.saturating_sub(bytes);
+                match self.release_segment(id, context) {
+                    Ok(()) => excess = excess.saturating_sub(bytes),
+                    // The request may do without.
+                    Err(error) => {
+                        tracing::warn!(device = self.device, %error, "cached memory could not be given back");
+                    }
+                }
             }
             candidates = young;
         }
-        Ok(())
     }
 
     /// Describes a request that could not be served, and counts it.

@@ -133,11 +133,16 @@ impl DeviceState {
 
     /// Moves live memory to the host until `bytes` more fit under the device limit: the youngest of what lives long
     /// ([`Movers`](crate::pressure::Movers)). Answers whether they do; where there is not enough to move, nothing moves. Not
-    /// while anything is captured: a graph knows nothing of moves.
-    ///
-    /// # Errors
-    /// The driver's. What has moved stays out.
-    pub(super) fn make_room(&mut self, bytes: u64, stream: Stream) -> Result<bool> {
+    /// while anything is captured: a graph knows nothing of moves. Where the driver refuses a move, what has moved stays
+    /// out, and the request does without the rest.
+    pub(super) fn make_room(&mut self, bytes: u64, stream: Stream) -> bool {
+        self.try_to_make_room(bytes, stream).unwrap_or_else(|error| {
+            tracing::warn!(device = self.device, %error, "live memory could not be moved out");
+            false
+        })
+    }
+
+    fn try_to_make_room(&mut self, bytes: u64, stream: Stream) -> Result<bool> {
         let may = self.options.prefetch && self.movers.may_search(self.clock) && !self.capturing();
         if !may || self.captures_now(stream)? {
             return Ok(false);
@@ -530,7 +535,7 @@ impl DeviceState {
         }
         let mut room = if astray == 0 { 0 } else { self.room_for(wanted, astray)? };
         let _relaxed = Relaxed::enter(&self.driver)?;
-        if room < astray && wanted == Place::Device && self.make_room((astray - room) * PAGE, stream)? {
+        if room < astray && wanted == Place::Device && self.make_room((astray - room) * PAGE, stream) {
             room = self.room_for(wanted, astray)?;
         }
         if segment_in_host && room < astray {

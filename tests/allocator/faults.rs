@@ -168,3 +168,66 @@ fn the_capture_mode_is_restored_whatever_fails() {
     }
     world.finish();
 }
+
+#[test]
+fn memory_that_cuda_does_not_take_back_fails_no_request() {
+    use torch_uvm::options::NativeOptions;
+    use torch_uvm_sim::EntryPoint;
+    // Light reclamation, garbage collection, and moving live memory out are done for a request that can do without them.
+    let cases = [
+        ("uvm_device_limit_mb:192", EntryPoint::Free, 0.0),
+        ("uvm_device_limit_mb:192", EntryPoint::Discard, 0.0),
+        ("uvm_device_limit_mb:192,uvm_stage1_threshold:0", EntryPoint::Prefetch, 0.0),
+        ("", EntryPoint::Free, 0.1),
+    ];
+    for (conf, call, garbage) in cases {
+        let world = World::new(Config::small_gh200().device_memory(512 * MIB).host_memory(4096 * MIB), conf);
+        if garbage > 0.0 {
+            let native = NativeOptions { garbage_collection_threshold: garbage, ..NativeOptions::default() };
+            world.allocator.set_native_options(native);
+            world.allocator.set_memory_fraction(0, 0.9).unwrap();
+        }
+        let mut held = vec![world.empty(20 * MIB, 1).unwrap()];
+        let old = world.empty(80 * MIB, 1).unwrap();
+        for ptr in [1, 2].map(|stream| world.empty(30 * MIB, stream).unwrap()) {
+            if call == EntryPoint::Prefetch {
+                held.push(ptr);
+            } else {
+                world.allocator.free(ptr, None).unwrap();
+            }
+        }
+        // Only what lives long moves out.
+        for _ in 0..if call == EntryPoint::Prefetch { 400 } else { 0 } {
+            world.allocator.free(world.empty(MIB, 2).unwrap(), None).unwrap();
+        }
+        held.push(old);
+        let which = if call == EntryPoint::Prefetch { Which::Nth(1) } else { Which::Every };
+        world.machine.inject(Fault { call: Some(call), which, code: Code::INVALID_CONTEXT });
+        let served = world.empty(50 * MIB, 0);
+        assert!(world.machine.faults_hit() > 0, "{conf} {call:?}");
+        world.machine.clear_faults();
+        held.push(served.unwrap_or_else(|error| panic!("{conf} {call:?}: {error}")));
+        world.check();
+        for ptr in held {
+            world.allocator.free(ptr, None).unwrap();
+        }
+        world.machine.device_synchronize(0).unwrap();
+        world.finish();
+    }
+}
+
+#[test]
+fn one_segment_that_cuda_does_not_take_back_keeps_no_other_from_serving() {
+    use torch_uvm_sim::EntryPoint;
+    let world = world("uvm_access_pattern:device");
+    let cached = [30, 40, 50].map(|mib| world.empty(mib * MIB, 1).unwrap());
+    for ptr in cached {
+        world.allocator.free(ptr, None).unwrap();
+    }
+    let fault = Fault { call: Some(EntryPoint::Free), which: Which::Nth(1), code: Code::INVALID_CONTEXT };
+    world.machine.inject(fault);
+    let ptr = world.empty(60 * MIB, 0).expect("the others are enough");
+    assert_eq!(world.machine.faults_hit(), 1);
+    world.allocator.free(ptr, None).unwrap();
+    world.finish();
+}

@@ -3,7 +3,7 @@
 use crate::world::{MIB, World};
 use torch_uvm::driver::CaptureMode;
 use torch_uvm::pools::DEFAULT_POOL;
-use torch_uvm_sim::{CaptureStatus, Config, EntryPoint, Schedule};
+use torch_uvm_sim::{CaptureStatus, Code, Config, EntryPoint, Fault, Schedule, Which};
 
 #[test]
 fn a_block_used_elsewhere_waits_for_the_event() {
@@ -211,5 +211,122 @@ fn a_free_waits_while_a_stream_that_used_the_memory_captures() {
     for ptr in [pair[1], other] {
         world.allocator.free(ptr, None).unwrap();
     }
+    world.finish();
+}
+
+/// A stream of the program's that is destroyed while the allocator knows of uses on it (`torch.cuda.ExternalStream`).
+fn destroyed_stream(world: &World, ptr: torch_uvm::driver::DevicePtr) {
+    let external = world.machine.stream_create(0, true, 0).unwrap();
+    world.allocator.record_stream(ptr, 0, external).unwrap();
+    world.machine.stream_destroy(0, external).unwrap();
+}
+
+#[test]
+fn a_destroyed_stream_keeps_its_block_and_nothing_else() {
+    let world = World::small();
+    let lost = world.empty(30 * MIB, 0).unwrap();
+    destroyed_stream(&world, lost);
+    world.allocator.free(lost, None).unwrap();
+    // Other frees go on to be waited for, on the same stream and on others.
+    for stream in [0, 1] {
+        let ptr = world.empty(40 * MIB, stream).unwrap();
+        world.allocator.record_stream(ptr, 0, world.streams[2]).unwrap();
+        world.allocator.free(ptr, None).unwrap();
+        world.machine.device_synchronize(0).unwrap();
+        let again = world.empty(40 * MIB, stream).unwrap();
+        assert_eq!(again, ptr, "the free before it was seen to be over");
+        world.allocator.free(again, None).unwrap();
+    }
+    world.allocator.empty_cache(DEFAULT_POOL, None).expect("the others go");
+    world.check();
+    assert_eq!(world.reserved(), 30 * MIB, "only that block stays");
+    assert_ne!(world.empty(30 * MIB, 0).unwrap(), lost);
+}
+
+#[test]
+fn a_destroyed_stream_costs_other_allocations_no_call() {
+    let world = World::small();
+    let lost = world.empty(4096, 0).unwrap();
+    destroyed_stream(&world, lost);
+    world.allocator.free(lost, None).unwrap();
+    for ptr in [8192, 8192].map(|bytes| world.empty(bytes, 0).unwrap()) {
+        world.allocator.free(ptr, None).unwrap();
+    }
+    let before = world.machine.calls();
+    for _ in 0..10 {
+        let ptrs = [(); 3].map(|()| world.empty(8192, 0).unwrap());
+        ptrs.iter().for_each(|&ptr| world.allocator.free(ptr, None).unwrap());
+    }
+    assert_eq!(world.machine.calls(), before, "the block that cannot be had is not asked about each time");
+}
+
+#[test]
+fn a_request_beyond_the_cap_survives_a_destroyed_stream() {
+    let config = Config::small_gh200().device_memory(256 * MIB).host_memory(4096 * MIB);
+    let world = World::new(config, "uvm_access_pattern:device");
+    let lost = world.empty(20 * MIB, 0).unwrap();
+    destroyed_stream(&world, lost);
+    world.allocator.free(lost, None).unwrap();
+    let cached = world.empty(150 * MIB, 1).unwrap();
+    world.allocator.free(cached, None).unwrap();
+    let ptr = world.empty(120 * MIB, 0).expect("what is cached elsewhere serves it");
+    world.allocator.free(ptr, None).unwrap();
+    world.check();
+}
+
+#[test]
+fn a_pool_with_a_destroyed_stream_keeps_only_itself() {
+    let world = World::small();
+    for id in [(4, 0), (5, 0)] {
+        world.begin_pool(id, 0);
+        let ptr = world.empty(30 * MIB, 0).unwrap();
+        if id == (4, 0) {
+            destroyed_stream(&world, ptr);
+        }
+        world.allocator.free(ptr, None).unwrap();
+        world.end_pool(id);
+        world.allocator.release_pool(0, id).unwrap();
+    }
+    for id in [(4, 0), (5, 0)] {
+        world.allocator.empty_cache(id, None).unwrap();
+    }
+    assert_eq!(world.reserved(), 30 * MIB, "the other pool is gone");
+    world.check();
+}
+
+#[test]
+fn an_event_that_cannot_be_asked_about_keeps_its_block_alone() {
+    for code in [Code::INVALID_HANDLE, Code::INVALID_CONTEXT] {
+        let mut world = World::small();
+        let tensors = [0, 1].map(|stream| world.tensor(40 * MIB, stream).unwrap());
+        for tensor in tensors {
+            world.use_on(&tensor, 2);
+            world.free(tensor);
+        }
+        world.machine.device_synchronize(0).unwrap();
+        world.machine.inject(Fault { call: Some(EntryPoint::EventQuery), which: Which::Nth(1), code });
+        let first = world.empty(4096, 0).expect("it has nothing to do with that event");
+        assert_eq!(world.machine.faults_hit(), 1);
+        let found = [0, 1].map(|stream| world.empty(40 * MIB, stream).unwrap());
+        assert_eq!(found.iter().zip(&tensors).filter(|(found, tensor)| **found == tensor.ptr).count(), 1);
+        for ptr in found.into_iter().chain([first]) {
+            world.allocator.free(ptr, None).unwrap();
+        }
+        world.finish();
+    }
+}
+
+#[test]
+fn one_devices_trouble_does_not_keep_anothers_cache() {
+    let world = World::new(Config::small_gh200().devices(2), "");
+    for device in [0, 1] {
+        let stream = world.machine.stream_create(device, true, 0).unwrap();
+        let ptr = world.allocator.allocate(device, 30 * MIB, stream, None).unwrap();
+        world.allocator.free(ptr, None).unwrap();
+    }
+    world.machine.inject(Fault { call: Some(EntryPoint::Free), which: Which::Nth(1), code: Code::INVALID_CONTEXT });
+    world.allocator.empty_cache(DEFAULT_POOL, None).expect_err("CUDA would not take it");
+    let reserved = [0, 1].map(|device| world.allocator.device_stats(device).unwrap().reserved_bytes.aggregate.current);
+    assert_eq!(reserved, [30 * MIB as i64, 0]);
     world.finish();
 }

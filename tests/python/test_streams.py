@@ -3,6 +3,8 @@ too early shows as wrong contents."""
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from contents import MIB, block, check, filled, pattern, same
 from on_device import on_device
@@ -184,3 +186,25 @@ def test_memory_pressure_waits_for_recorded_blocks() -> None:
     other = block(180 * MIB)
     same(kept.cpu()[:1000].tolist(), pattern(1, 100 * MIB)[:1000].tolist())
     del other, kept
+
+
+@on_device(uvm_only=True)
+def test_a_destroyed_stream_costs_one_block() -> None:
+    """A block recorded on an external stream that is gone when the block is freed stays unavailable. All else goes on."""
+    handle = ctypes.c_void_p()
+    same(int(torch.cuda.cudart().cudaStreamCreate(ctypes.addressof(handle))), 0)
+    lost = filled(1, 30 * MIB)
+    lost.record_stream(torch.cuda.ExternalStream(handle.value))
+    same(int(torch.cuda.cudart().cudaStreamDestroy(handle.value)), 0)
+    address = lost.data_ptr()
+    del lost
+    side = torch.cuda.Stream()
+    for _ in range(3):
+        tensor = filled(2, 40 * MIB)
+        assert tensor.data_ptr() != address
+        tensor.record_stream(side)
+        check(tensor, 2)
+        del tensor
+        torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    same(torch.cuda.memory_reserved(), 30 * MIB, "only that block stays")
