@@ -16,7 +16,7 @@ pub use private::{PoolState, Restored};
 pub use snapshot::{BlockInfo, SegmentInfo};
 
 use crate::allocator::{Hooks, StreamFilter};
-use crate::blocks::{Block, BlockId, BlockState, Blocks, ListId, MIN_BLOCK};
+use crate::blocks::{Block, BlockId, BlockState, Blocks, FreeList, ListId, MIN_BLOCK};
 use crate::budget::{Budget, Populated};
 use crate::driver::{DeviceIndex, DeviceInfo, DevicePtr, Driver, IpcHandle, Stream, captures};
 use crate::error::{Error, Result};
@@ -24,7 +24,7 @@ use crate::history::{Action, Context, History, Labels, PlaceHistory, Recording, 
 use crate::options::{AccessPattern, NativeOptions, Options};
 use crate::pools::{DEFAULT_POOL, List, MempoolId, PoolId, Pools};
 use crate::pressure::{Move, Movers, Pressure, Returns};
-use crate::segments::{Memory, Segment, SegmentId, round_size};
+use crate::segments::{Memory, Segment, SegmentId, population_step, round_size};
 use crate::stats::{DeviceStats, PlaceStats, StatArray};
 use crate::streams::Waits;
 use crate::thread_cache::{self, Slot, ThreadCache, ThreadId};
@@ -73,6 +73,28 @@ fn live_segment(segments: &mut [Option<Segment>], id: SegmentId) -> &mut Segment
 /// Whether sizes are rounded to multiples of 512 bytes and to nothing else.
 fn rounds_plainly(native: &NativeOptions) -> bool {
     native.roundup_power2_divisions.iter().all(|&divisions| divisions <= 1)
+}
+
+/// PyTorch's settings as they are honoured. A `max_split_size` that no block reaches is none: programs that restore the
+/// default (vLLM) set 17592186044415 MiB, of which PyTorch makes 2^64 - 2^20 bytes.
+fn honoured(mut native: NativeOptions) -> NativeOptions {
+    if native.max_split_size >= 1 << 48 {
+        native.max_split_size = u64::MAX;
+    }
+    native
+}
+
+/// The smallest free block of at least `bytes` that `fits`. But the end of a growing segment is taken last: there a large
+/// request grows in place, elsewhere it needs a hole of its size (wilderness preservation; Wilson, Johnstone, Neely and
+/// Boles, Dynamic Storage Allocation, 1995, 3.3).
+#[inline]
+fn best_fit_of(free: &FreeList, blocks: &Blocks, bytes: u64, fits: impl Fn(&Block) -> bool) -> Option<BlockId> {
+    let is_end = |block: &Block| block.growing && block.next == BlockId::NONE;
+    let found = free.find(blocks, bytes, &fits)?;
+    if !is_end(&blocks[found]) || blocks[found].bytes == bytes {
+        return Some(found);
+    }
+    free.find(blocks, bytes, |block| fits(block) && !is_end(block)).or(Some(found))
 }
 
 /// Counts what a thread's cache did with a block.
@@ -184,7 +206,7 @@ impl DeviceState {
             hooks,
             options,
             plain_rounding: rounds_plainly(&native),
-            native,
+            native: honoured(native),
             populated: Populated::default(),
             blocks: Blocks::default(),
             pools: Pools::default(),
@@ -220,7 +242,7 @@ impl DeviceState {
     pub fn set_native_options(&mut self, native: NativeOptions) {
         self.empty_threads();
         self.plain_rounding = rounds_plainly(&native);
-        self.native = native;
+        self.native = honoured(native);
     }
 
     /// Our options, as they are now. The fraction set by the program stays.
@@ -338,26 +360,20 @@ impl DeviceState {
         let list = &mut self.pools[request.list];
         list.requests += 1;
         if max_split == u64::MAX {
-            // The end of a growing segment is taken last: there a large request grows in place, elsewhere it needs a hole of its
-            // size (wilderness preservation; Wilson, Johnstone, Neely and Boles, Dynamic Storage Allocation, 1995, 3.3).
-            let is_end = |block: &Block| block.growing && block.next == BlockId::NONE;
-            let found = list.free.best_fit(&self.blocks, request.rounded)?;
-            if !is_end(&self.blocks[found]) || self.blocks[found].bytes == request.rounded {
-                return Some(found);
-            }
-            list.free.find(&self.blocks, request.rounded, |block| !is_end(block)).or(Some(found))
-        } else {
-            // Oversize blocks are segments of their own: neither split for small requests, nor wasted on much smaller ones.
-            let ceiling = request.rounded.saturating_add(self.native.max_non_split_rounding_size);
-            let oversize = request.rounded >= max_split;
-            list.free.find(&self.blocks, request.rounded, |block| {
-                if oversize {
-                    !block.growing && block.bytes < ceiling
-                } else {
-                    block.growing || block.bytes < max_split
-                }
-            })
+            return best_fit_of(&list.free, &self.blocks, request.rounded, |_| true);
         }
+        // Oversize blocks are segments of their own: neither split for small requests, nor wasted on much smaller ones. What
+        // would be made anew for the request is never too large for it.
+        let made = population_step(request.rounded, request.rounded, 0, &self.native);
+        let ceiling = request.rounded.saturating_add(self.native.max_non_split_rounding_size);
+        let oversize = request.rounded >= max_split;
+        best_fit_of(&list.free, &self.blocks, request.rounded, |block| {
+            if oversize {
+                !block.growing && (block.bytes < ceiling || block.bytes <= made)
+            } else {
+                block.growing || block.bytes < max_split || block.bytes <= made
+            }
+        })
     }
 
     /// Whether the rest of a block is worth a block of its own.

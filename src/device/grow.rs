@@ -973,10 +973,15 @@ impl DeviceState {
         let device = self.driver.device_memory(self.device)?;
         let host = self.driver.host_memory()?;
         let capacity = self.budget.capacity(&self.populated, Some(&host)).capacity;
-        // Other processes, CUDA's context, the program's own cudaMalloc. What was discarded is not free to CUDA, but to us.
+        // What was discarded is not free to CUDA, but to us.
         let discarded: u64 =
             self.segments.iter().flatten().map(|segment| segment.vacant + segment.discarded_end()).sum();
-        let others = (device.total - device.free.min(device.total)).saturating_sub(self.populated.device + discarded);
+        // What the driver places, and what a MemPool's own allocator gave, may lie on the device: it is ours, and counts once.
+        let ours = self.populated.device + self.populated.unplaced + discarded;
+        // Other processes, CUDA's context, the program's own cudaMalloc. Where there is one physical memory, they are missing
+        // from what the host has available, and so from the capacity.
+        let used = device.total - device.free.min(device.total);
+        let others = if self.info.integrated { 0 } else { used.saturating_sub(ours) };
         Ok(MemoryInfo {
             capacity,
             free: capacity.saturating_sub(self.populated.total()).saturating_sub(others),

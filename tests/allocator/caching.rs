@@ -465,3 +465,80 @@ fn four_threads_share_a_device() {
     assert!(world.reserved() < GIB);
     world.finish();
 }
+
+/// `max_split_size` in MiB.
+fn splitting_up_to(world: &World, mib: u64) {
+    splitting(world, mib * MIB, 20 * MIB);
+}
+
+fn splitting(world: &World, max_split_size: u64, large_segment_size: u64) {
+    world.allocator.set_native_options(NativeOptions {
+        max_split_size,
+        large_segment_size,
+        ..NativeOptions::default()
+    });
+}
+
+#[test]
+fn a_segment_made_for_a_request_serves_it_whatever_max_split_size_is() {
+    for conf in ["", "uvm_access_pattern:device"] {
+        for (max_split, large) in [(20, 20), (21, 20), (20, 64), (33, 64), (64, 64), (64, 20)] {
+            let world = World::new(Config::small_gh200(), conf);
+            splitting(&world, max_split * MIB, large * MIB);
+            world.begin_pool((1, 0), 1);
+            for kib in
+                [1, 512, 1024, 1025, 4 << 10, 10 << 10, (10 << 10) + 1, 19 << 10, (20 << 10) - 1, 20 << 10, 40 << 10]
+            {
+                for stream in [0, 1] {
+                    let ptrs = [(); 3].map(|()| {
+                        let ptr = world.empty(kib << 10, stream);
+                        ptr.unwrap_or_else(|error| panic!("{kib} KiB of at most {max_split} MiB, {conf}: {error}"))
+                    });
+                    let reserved = world.reserved();
+                    ptrs.iter().for_each(|&ptr| world.allocator.free(ptr, None).unwrap());
+                    let again = [(); 3].map(|()| world.empty(kib << 10, stream).unwrap());
+                    assert_eq!(world.reserved(), reserved, "{kib} KiB of at most {max_split} MiB, {conf}");
+                    again.iter().for_each(|&ptr| world.allocator.free(ptr, None).unwrap());
+                }
+                world.check();
+            }
+            world.end_pool((1, 0));
+            world.allocator.release_pool(0, (1, 0)).unwrap();
+            world.finish();
+        }
+    }
+}
+
+#[test]
+fn a_max_split_size_that_no_block_has_is_off() {
+    // vLLM sets 20 and then 17592186044415 MiB, of which PyTorch makes 2^64 - 2^20 bytes.
+    let mut traces = Vec::new();
+    for bytes in [u64::MAX, u64::MAX - MIB + 1, 1 << 48] {
+        let world = World::small();
+        splitting_up_to(&world, 20);
+        splitting(&world, bytes, 20 * MIB);
+        let big = world.empty(64 * MIB, 0).unwrap();
+        let between = world.empty(2 * MIB, 0).unwrap();
+        world.allocator.free(big, None).unwrap();
+        let held = [10, 20, 90].map(|mib| world.empty(mib * MIB, 0).unwrap());
+        traces.push((held.map(|ptr| ptr.0.wrapping_sub(between.0)), world.reserved()));
+        assert_eq!(world.allocator.device_stats(0).unwrap().oversize_allocations.allocated, 0);
+        held.iter().chain([&between]).for_each(|&ptr| world.allocator.free(ptr, None).unwrap());
+        world.finish();
+    }
+    assert!(traces.iter().all(|trace| *trace == traces[0]), "{traces:?}");
+}
+
+#[test]
+fn the_end_of_a_growing_segment_is_taken_last_with_a_max_split_size_too() {
+    let world = World::small();
+    splitting_up_to(&world, 200);
+    let [hole, between] = [64, 2].map(|mib| world.empty(mib * MIB, 0).unwrap());
+    world.allocator.free(hole, None).unwrap();
+    let small = world.empty(10 * MIB, 0).unwrap();
+    assert_eq!(small, hole, "the end fits better, but there a large request can grow");
+    let large = world.empty(70 * MIB, 0).unwrap();
+    assert_eq!((large, world.reserved()), (between.offset(2 * MIB), (64 + 2 + 70) * MIB));
+    [between, small, large].iter().for_each(|&ptr| world.allocator.free(ptr, None).unwrap());
+    world.finish();
+}

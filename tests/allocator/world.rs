@@ -4,11 +4,12 @@ use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use torch_uvm::allocator::{Allocator, CustomAllocator, Hooks};
-use torch_uvm::driver::{DeviceIndex, DevicePtr, Event, Stream};
+use torch_uvm::driver::{DeviceIndex, DevicePtr, Event, Range, Stream};
 use torch_uvm::error::{Error, Result};
 use torch_uvm::history::TraceEntry;
 use torch_uvm::options::Options;
 use torch_uvm::pools::{DEFAULT_POOL, MempoolId};
+use torch_uvm::segments::Memory;
 use torch_uvm_sim::{Config, CopyKind, Machine, PointerKind, SimDriver};
 
 pub const MIB: u64 = 1 << 20;
@@ -198,11 +199,40 @@ impl World {
         self.sink.1 = 0;
     }
 
-    /// The books balance.
+    /// The books balance, and agree with the driver.
     pub fn check(&self) {
         if let Err(problem) = self.allocator.check() {
             panic!("the books do not balance: {problem}");
         }
+        for device in 0..self.machine.device_count().expect("device_count") {
+            self.compare_with_cuda(device);
+        }
+    }
+
+    /// What `memory_info` takes for memory of others is not memory that this allocator has: nothing counts twice against
+    /// what `cuMemGetInfo` says.
+    fn compare_with_cuda(&self, device: DeviceIndex) {
+        let allocator = &self.allocator;
+        let moves = allocator.place_stats(device).expect("place_stats");
+        // What is on its way to the host is in host memory for the books, and on the device for CUDA. Where the program has
+        // given advice, the driver moves pages that the books do not see.
+        let settled = moves.moved_to_host + moves.advices + moves.prefetches == 0;
+        let (Ok(info), true) = (allocator.memory_info(device), settled) else { return };
+        let places = allocator.segment_places(device).expect("segment_places");
+        let integrated = self.machine.profile().integrated;
+        let ours = places.iter().map(|segment| match segment.memory {
+            Memory::Managed => {
+                let range = Range { ptr: segment.base, bytes: segment.range_bytes };
+                let lies = self.machine.residency_of(range).expect("our own range");
+                lies.devices[device as usize] + if integrated { lies.host } else { 0 }
+            }
+            Memory::Device | Memory::Custom(_) => segment.range_bytes,
+        });
+        let ours: u64 = ours.sum();
+        let now = self.machine.device_memory_now(device).expect("a device");
+        let others = (now.total - now.free).checked_sub(ours).expect("we have more than is used");
+        let told = info.capacity - info.populated.total() - info.free;
+        assert!(told <= others, "{told} bytes are told to be others', who have {others}: {info:?}");
     }
 
     /// Gives everything back and checks that CUDA has it all again.

@@ -390,3 +390,29 @@ def test_a_request_in_a_pool_gets_the_memory_of_other_caches() -> None:
     with torch.cuda.use_mem_pool(pool):
         tensor = filled(1, 1100 * MIB)
     check(tensor, 1)
+
+
+@on_device()
+def test_small_max_split_size_in_a_pool() -> None:
+    """As vLLM sets it around loading: 20 MiB, the size of a segment for all requests under 10 MiB, and then what it takes
+    for the default."""
+    pool = torch.cuda.MemPool()
+    for mebibytes in (20, 17592186044415):
+        torch.cuda.memory._set_allocator_settings(f"max_split_size_mb:{mebibytes}")
+        with torch.cuda.use_mem_pool(pool):
+            tensors = [filled(seed, size * MIB) for seed, size in enumerate((1, 4, 19, 20, 40))]
+        for seed, tensor in enumerate(tensors):
+            check(tensor, seed)
+
+
+@on_device(uvm_only=True)
+def test_its_allocators_memory_counts_once(own_allocator: str) -> None:
+    """What the pool's functions gave is populated, and not memory of others as well."""
+    allocator = torch.cuda.memory.CUDAPluggableAllocator(own_allocator, "pool_alloc", "pool_free")
+    pool = torch.cuda.MemPool(allocator.allocator())
+    before = torch_uvm.memory_info()
+    with torch.cuda.use_mem_pool(pool):
+        tensor = filled(1, 200 * MIB)
+    torch.cuda.synchronize()
+    same(before.free - torch_uvm.memory_info().free, 200 * MIB)
+    check(tensor, 1)
