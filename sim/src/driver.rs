@@ -88,7 +88,7 @@ impl Driver for SimDriver {
     }
 
     fn stream_is_capturing(&self, device: DeviceIndex, stream: Stream) -> Result<bool> {
-        Ok(self.machine.capture_info(device, stream)?.status != CaptureStatus::None)
+        Ok(self.machine.stream_is_capturing(device, stream)? != CaptureStatus::None)
     }
 
     fn device_synchronize(&self, device: DeviceIndex) -> Result<()> {

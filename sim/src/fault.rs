@@ -28,6 +28,12 @@ macro_rules! entry_points {
                 match self { $(EntryPoint::$variant => $driver),* }
             }
 
+            /// CUDA's names, the driver's first. Calls of each are counted as this entry point's.
+            #[must_use]
+            pub fn cuda_names(self) -> &'static [&'static str] {
+                match self { $(EntryPoint::$variant => &[$driver $(, $alias)*]),* }
+            }
+
             /// The entry point of any of its names.
             #[must_use]
             pub fn parse(name: &str) -> Option<EntryPoint> {
@@ -39,7 +45,8 @@ macro_rules! entry_points {
 
 entry_points! {
     DeviceCount: "device_count", "cuDeviceGetCount", ["cudaGetDeviceCount"];
-    DeviceInfo: "device_info", "cuDeviceGetAttribute", ["cudaDeviceGetAttribute", "cudaGetDeviceProperties"];
+    DeviceInfo: "device_info", "cuDeviceGetAttribute",
+        ["cudaDeviceGetAttribute", "cudaGetDeviceProperties", "cudaGetDeviceProperties_v2"];
     DeviceMemory: "device_memory", "cuMemGetInfo", ["cuMemGetInfo_v2", "cudaMemGetInfo"];
     HostMemory: "host_memory", "/proc/meminfo", ["meminfo"];
     AllocManaged: "alloc_managed", "cuMemAllocManaged", ["cudaMallocManaged"];
@@ -62,8 +69,8 @@ entry_points! {
     MemcpyAsync: "memcpy_async", "cuMemcpyAsync",
         ["cudaMemcpyAsync", "cudaMemcpyPeerAsync", "cuMemcpyDtoHAsync_v2", "cuMemcpyHtoDAsync_v2",
          "cuMemcpyDtoDAsync_v2", "cudaMemcpy2DAsync"];
-    Memset: "memset", "cuMemsetD8", ["cuMemsetD8_v2", "cudaMemset"];
-    MemsetAsync: "memset_async", "cuMemsetD8Async", ["cudaMemsetAsync"];
+    Memset: "memset", "cuMemsetD8", ["cuMemsetD8_v2", "cuMemsetD16_v2", "cuMemsetD32_v2", "cudaMemset"];
+    MemsetAsync: "memset_async", "cuMemsetD8Async", ["cuMemsetD16Async", "cuMemsetD32Async", "cudaMemsetAsync"];
     LaunchKernel: "launch_kernel", "cuLaunchKernel", ["cudaLaunchKernel", "cudaLaunchKernelExC"];
     LaunchHostFunc: "launch_host_func", "cuLaunchHostFunc", ["cudaLaunchHostFunc", "cudaStreamAddCallback"];
     StreamCreate: "stream_create", "cuStreamCreateWithPriority",

@@ -82,13 +82,14 @@ impl Machine {
         })
     }
 
-    /// `cuMemsetD8`: on the legacy stream; the host does not wait for device memory to be set.
-    pub fn memset(&self, device: DeviceIndex, dst: u64, value: u8, bytes: u64) -> SimResult<()> {
+    /// `cuMemsetD8` (`width` 1), `cuMemsetD16` (2) and `cuMemsetD32` (4): `count` elements, on the legacy stream. The host does not
+    /// wait for device memory to be set.
+    pub fn memset(&self, device: DeviceIndex, dst: u64, value: u32, width: u8, count: u64) -> SimResult<()> {
         self.inner.call(EntryPoint::Memset, |s| {
             s.check_device(device)?;
             s.unsafe_call()?;
             let key = s.legacy_keys[device as usize];
-            s.set(key, dst, u32::from(value), 1, bytes)
+            s.set(key, dst, value, width, count)
         })
     }
 
@@ -328,16 +329,14 @@ impl Machine {
         })
     }
 
-    /// `cuStreamIsCapturing` and `cuStreamGetCaptureInfo`.
+    /// `cuStreamIsCapturing`.
+    pub fn stream_is_capturing(&self, device: DeviceIndex, stream: Stream) -> SimResult<CaptureStatus> {
+        self.inner.call(EntryPoint::StreamIsCapturing, |s| Ok(s.capture_info_of(device, stream)?.status))
+    }
+
+    /// `cuStreamGetCaptureInfo`.
     pub fn capture_info(&self, device: DeviceIndex, stream: Stream) -> SimResult<CaptureInfo> {
-        self.inner.call(EntryPoint::CaptureInfo, |s| {
-            let key = s.stream_key(device, stream)?;
-            // Asking does not spoil the capture (CUDA manual, cuStreamIsCapturing).
-            if s.would_be_implicit(key) {
-                return Err(Code::STREAM_CAPTURE_IMPLICIT.into());
-            }
-            Ok(s.capture_info(key))
-        })
+        self.inner.call(EntryPoint::CaptureInfo, |s| s.capture_info_of(device, stream))
     }
 
     /// `cuStreamUpdateCaptureDependencies`: the stream's next node depends on these nodes of its capture (by their place in
@@ -415,6 +414,15 @@ impl Session<'_> {
             Some((code, detail)) => Err(fail(*code, detail.clone())),
             None => Ok(value),
         }
+    }
+
+    /// What can be asked about a stream's capture. Asking does not spoil the capture (CUDA manual, cuStreamIsCapturing).
+    fn capture_info_of(&mut self, device: DeviceIndex, stream: Stream) -> Step<CaptureInfo> {
+        let key = self.stream_key(device, stream)?;
+        if self.would_be_implicit(key) {
+            return Err(Code::STREAM_CAPTURE_IMPLICIT.into());
+        }
+        Ok(self.capture_info(key))
     }
 
     /// Waits for a stream; for the legacy one, for the blocking streams too.

@@ -99,7 +99,7 @@ fn copies_reach_mapped_pages_and_move_others() {
     let d = m.alloc_device(0, 2 * MIB).unwrap();
     m.memcpy(0, d.0, a.0, 2 * MIB, CopyKind::Default).unwrap();
     assert_eq!((m.traffic().remote.count, m.traffic().remote.bytes_h2d), (3, 2 * MIB));
-    m.memset(0, a.0, 0, 4).unwrap();
+    m.memset(0, a.0, 0, 1, 4).unwrap();
     m.device_synchronize(0).unwrap();
     assert_eq!(m.traffic().remote.bytes_d2h, 3 * MIB + 4);
     assert_eq!(m.residency_of(all(a, 8 * MIB)).unwrap().host, 8 * MIB);

@@ -110,6 +110,7 @@ fn out_of_memory_from_cuda_gives_caches_back_first() {
         code: Code::OUT_OF_MEMORY,
     });
     let ptr = world.empty(30 * MIB, 0).unwrap();
+    assert_eq!(world.machine.faults_hit(), 1);
     assert_eq!(world.reserved(), 30 * MIB, "the cached segment went");
     world.allocator.free(ptr, None).unwrap();
     world.finish();
@@ -119,10 +120,11 @@ fn out_of_memory_from_cuda_gives_caches_back_first() {
 fn a_segment_that_fails_half_way_leaves_nothing_even_if_it_cannot_be_freed() {
     use torch_uvm_sim::EntryPoint;
     let world = world("");
-    for call in [EntryPoint::Advise, EntryPoint::Prefetch] {
+    for (earlier, call) in [EntryPoint::Advise, EntryPoint::Prefetch].into_iter().enumerate() {
         world.machine.inject(Fault { call: Some(call), which: Which::Nth(1), code: Code::INVALID_CONTEXT });
         world.machine.inject(Fault { call: Some(EntryPoint::Free), which: Which::Nth(1), code: Code::INVALID_CONTEXT });
         assert!(matches!(world.empty(30 * MIB, 0), Err(Error::Driver(_))));
+        assert_eq!(world.machine.faults_hit(), 2 * (earlier as u64 + 1), "{call:?} and the free");
         world.check();
         assert_eq!(world.reserved(), 0);
         assert_eq!(world.segments().len(), 1, "CUDA would not take it back yet");
@@ -142,6 +144,7 @@ fn an_event_that_cannot_be_recorded_keeps_its_block() {
     let fault = Fault { call: Some(EntryPoint::EventRecord), which: Which::Nth(2), code: Code::INVALID_CONTEXT };
     world.machine.inject(fault);
     world.free(tensor);
+    assert_eq!(world.machine.faults_hit(), 1);
     world.check();
     let other = world.empty(4096, 0).unwrap();
     assert_ne!(other, tensor.ptr, "nothing says that the other streams are done");
@@ -153,10 +156,12 @@ fn an_event_that_cannot_be_recorded_keeps_its_block() {
 #[test]
 fn the_capture_mode_is_restored_whatever_fails() {
     let world = world("");
+    let mut hits = 0;
     for nth in 1..12 {
         world.machine.inject(Fault { call: None, which: Which::Nth(nth), code: Code::INVALID_CONTEXT });
         let result = world.empty(30 * MIB, 0);
         world.machine.clear_faults();
+        hits = world.machine.faults_hit();
         let mode = world.machine.exchange_capture_mode(CaptureMode::Global).unwrap();
         if let Ok(ptr) = result {
             world.allocator.free(ptr, None).unwrap();
@@ -166,6 +171,7 @@ fn the_capture_mode_is_restored_whatever_fails() {
             assert_eq!(mode, CaptureMode::Global, "call {nth}");
         }
     }
+    assert!(hits >= 6, "only {hits} of the calls were made");
     world.finish();
 }
 

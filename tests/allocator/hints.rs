@@ -349,10 +349,12 @@ fn what_could_not_be_populated_again_is_not_handed_out() {
     let fault = || Fault { call: Some(EntryPoint::Prefetch), which: Which::Nth(1), code: Code::INVALID_CONTEXT };
     world.machine.inject(fault());
     assert!(matches!(world.allocator.discard(tensor.ptr, tensor.bytes, tensor.stream), Err(Error::Driver(_))));
+    assert_eq!(world.machine.faults_hit(), 1);
     world.check();
     world.free(tensor);
     world.machine.inject(fault());
     assert!(matches!(world.empty(20 * MIB, 0), Err(Error::Driver(_))), "it cannot be populated now");
+    assert_eq!(world.machine.faults_hit(), 2);
     world.check();
     let again = world.tensor(20 * MIB, 0).unwrap();
     assert_eq!(again.ptr, tensor.ptr);

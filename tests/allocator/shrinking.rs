@@ -109,6 +109,7 @@ fn a_segment_of_nothing_but_holes_and_free_memory_goes_whole() {
     world.check();
     world.machine.inject(Fault { call: Some(EntryPoint::Free), which: Which::Nth(1), code: Code::INVALID_CONTEXT });
     assert!(matches!(world.allocator.empty_cache(DEFAULT_POOL, None), Err(Error::Driver(_))));
+    assert_eq!(world.machine.faults_hit(), 1);
     world.check();
     assert_eq!(world.reserved(), 40 * MIB, "kept as it was");
     world.finish();
@@ -230,6 +231,7 @@ fn trackers_let_go_before_the_memory_goes() {
     let fault = |code| Fault { call: Some(EntryPoint::Discard), which: Which::Nth(1), code };
     world.machine.inject(fault(Code::INVALID_CONTEXT));
     assert!(matches!(world.allocator.empty_cache(DEFAULT_POOL, None), Err(Error::Driver(_))));
+    assert_eq!(world.machine.faults_hit(), 1);
     world.check();
     assert_eq!(world.reserved(), 80 * MIB, "a discard that fails changes nothing");
     empty_cache(&world);
@@ -246,9 +248,11 @@ fn trackers_let_go_before_the_memory_goes() {
 fn a_wait_that_fails_changes_nothing() {
     let world = World::small();
     let (held, _) = with_free_end(&world, 20 * MIB, 60 * MIB);
-    for call in [EntryPoint::AllocManaged, EntryPoint::Free, EntryPoint::StreamCreate, EntryPoint::StreamSynchronize] {
+    let calls = [EntryPoint::AllocManaged, EntryPoint::Free, EntryPoint::StreamCreate, EntryPoint::StreamSynchronize];
+    for (earlier, call) in calls.into_iter().enumerate() {
         world.machine.inject(Fault { call: Some(call), which: Which::Nth(1), code: Code::INVALID_CONTEXT });
         assert!(matches!(world.allocator.empty_cache(DEFAULT_POOL, None), Err(Error::Driver(_))), "{call:?}");
+        assert_eq!(world.machine.faults_hit(), earlier as u64 + 1, "{call:?}");
         world.machine.clear_faults();
         world.check();
         assert_eq!(world.reserved(), 80 * MIB, "{call:?}");

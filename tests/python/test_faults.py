@@ -4,12 +4,14 @@ at every single call; here it goes through PyTorch.)"""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 
 import pytest
 from contents import MIB, block, check, filled
 from on_device import on_device
 from test_statistics import check_agreement
+from under_test import torch_uvm
 
 import torch
 
@@ -30,7 +32,7 @@ CALLS = {
 
 
 def use_everything(seed: int) -> None:
-    """Small and large tensors, a second stream, a capture that needs memory, the cache emptied."""
+    """Small and large tensors, a second stream, a capture that needs memory, the cache emptied while blocks wait."""
     sizes = (1000, 300_000, 3 * MIB, 22 * MIB)
     tensors = [filled(seed + index, count) for index, count in enumerate(sizes)]
     side = torch.cuda.Stream()
@@ -56,7 +58,14 @@ def use_everything(seed: int) -> None:
     check(intruder, seed + 11, "the tensor allocated meanwhile")
     check(result, seed + 11, "the graph's result")
     del tensors[::2], room
-    torch.cuda.empty_cache()
+    for _ in range(2):
+        waiting = block(3 * MIB)
+        with torch.cuda.stream(side):
+            kept[: 3 * MIB].copy_(waiting, non_blocking=True)
+        waiting.record_stream(side)
+        del waiting
+        torch.cuda.empty_cache()
+        assert torch_uvm.memory_info().free > 0
 
 
 @pytest.mark.parametrize("call", list(CALLS))
@@ -100,3 +109,11 @@ def one_fault() -> None:
     check_agreement("at the end")
     assert torch.cuda.memory_allocated() == 0, "blocks leaked"
     assert torch.cuda.memory_reserved() == 0, "segments leaked"
+    assert faults_hit() == 1, "the program never made the call that was to fail"
+
+
+def faults_hit() -> int:
+    """How many calls of this process the simulator has failed because a fault was planted."""
+    count = ctypes.CDLL(None).uvmsim_faults_hit
+    count.restype = ctypes.c_uint64
+    return int(count())

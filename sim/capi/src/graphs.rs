@@ -49,8 +49,7 @@ pub fn end_capture(on: Handle) -> Outcome<Handle> {
 }
 
 pub fn capture_status(on: Handle) -> Outcome<c_int> {
-    let info = machine()?.capture_info(context::current_device(), stream(on))?;
-    Ok(ops::capture_status_number(info.status))
+    Ok(ops::capture_status_number(machine()?.stream_is_capturing(context::current_device(), stream(on))?))
 }
 
 /// `cudaThreadExchangeStreamCaptureMode`.
@@ -147,6 +146,27 @@ pub fn memory_attribute(device: c_int, attribute: c_int) -> Outcome {
 
 pub fn instantiate(what: Handle) -> Outcome<Handle> {
     Ok(machine()?.graph_instantiate(graph(what))?.0 as Handle)
+}
+
+/// `cudaGraphInstantiateParams` and `CUDA_GRAPH_INSTANTIATE_PARAMS`.
+#[repr(C)]
+pub struct InstantiateParams {
+    flags: u64,
+    upload_stream: Handle,
+    error_node: Handle,
+    result: c_int,
+}
+
+/// `cudaGraphInstantiateWithParams` and `cuGraphInstantiateWithParams`.
+///
+/// # Safety
+/// `params` is null or valid.
+pub unsafe fn instantiate_with(what: Handle, params: *mut InstantiateParams) -> Outcome<Handle> {
+    // SAFETY: null or valid by this function's contract.
+    let params = unsafe { params.as_mut() }.ok_or(code::INVALID_VALUE)?;
+    params.error_node = null_mut();
+    params.result = 0;
+    instantiate(what)
 }
 
 pub fn launch(what: Handle, on: Handle) -> Outcome {

@@ -19,6 +19,8 @@ mod driver;
 mod entry;
 mod error_logs;
 mod errors;
+#[cfg(test)]
+mod fault_names;
 mod graphs;
 mod host_functions;
 mod log;

@@ -181,6 +181,12 @@ pub fn memory_at(place: i32) -> Option<DeviceMemory> {
     MACHINE.get()?.as_ref()?.device_memory_now(device)
 }
 
+/// How many calls of this process planted faults have failed: for tests, which must see that theirs struck.
+#[unsafe(no_mangle)]
+pub extern "C" fn uvmsim_faults_hit() -> u64 {
+    MACHINE.get().and_then(Option::as_ref).map_or(0, Machine::faults_hit)
+}
+
 /// One device's constant facts.
 #[derive(Clone, Copy)]
 pub struct Chip {
@@ -195,6 +201,12 @@ pub fn chip(device: i32) -> Outcome<Chip> {
         Err(code::INVALID_DEVICE)?;
     }
     Ok(Chip { profile: machine.profile(), index: device })
+}
+
+/// The same, for whoever asks CUDA for its facts: that is a call of the engine's, which may be planted to fail.
+pub fn described(device: i32) -> Outcome<Chip> {
+    machine()?.device_info(device)?;
+    chip(device)
 }
 
 impl Chip {

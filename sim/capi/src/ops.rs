@@ -152,6 +152,13 @@ pub fn copy_rows_async(to: u64, from: u64, rows: Rows, kind: CopyKind, on: Handl
     Ok(machine()?.memcpy_2d_async(context::use_device(), to, from, rows, kind, stream(on))?)
 }
 
+pub fn fill(to: u64, value: u32, width: u8, count: usize) -> Outcome {
+    if count == 0 {
+        return Ok(());
+    }
+    Ok(machine()?.memset(context::use_device(), to, value, width, count as u64)?)
+}
+
 pub fn fill_async(to: u64, value: u32, width: u8, count: usize, on: Handle) -> Outcome {
     if count == 0 {
         return Ok(());

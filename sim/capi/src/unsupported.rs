@@ -6,7 +6,11 @@ use crate::errors::{Code, code};
 use crate::log;
 
 macro_rules! unsupported {
-    ($api:ident: $($name:ident,)*) => {$(
+    ($api:ident $all:ident: $($name:ident,)*) => {
+        /// Their names.
+        #[cfg(test)]
+        pub const $all: &[&str] = &[$(stringify!($name)),*];
+        $(
         #[doc = concat!("`", stringify!($name), "`: not supported.")]
         #[unsafe(no_mangle)]
         extern "C" fn $name() -> Code {
@@ -18,7 +22,7 @@ macro_rules! unsupported {
     )*};
 }
 
-unsupported! { runtime:
+unsupported! { runtime RUNTIME:
     __cudaRegisterHostVar, __cudaRegisterManagedVar, __cudaRegisterUnifiedTable,
     cudaArrayGetInfo, cudaArrayGetMemoryRequirements, cudaArrayGetPlane, cudaArrayGetSparseProperties,
     cudaBindSurfaceToArray, cudaBindTexture, cudaBindTexture2D, cudaBindTextureToArray,
@@ -72,7 +76,7 @@ unsupported! { runtime:
     cudaGraphicsResourceGetMappedPointer, cudaGraphicsResourceSetMapFlags, cudaGraphicsSubResourceGetMappedArray,
     cudaGraphicsUnmapResources, cudaGraphicsUnregisterResource, cudaGraphicsVDPAURegisterOutputSurface,
     cudaGraphicsVDPAURegisterVideoSurface, cudaGreenCtxCreate, cudaImportExternalMemory, cudaImportExternalSemaphore,
-    cudaKernelSetAttributeForDevice, cudaLaunchCooperativeKernelMultiDevice, cudaLaunchHostFunc_v2,
+    cudaKernelSetAttributeForDevice, cudaLaunchCooperativeKernelMultiDevice,
     cudaLibraryEnumerateKernels, cudaLibraryGetGlobal, cudaLibraryGetKernel, cudaLibraryGetKernelCount,
     cudaLibraryGetManaged, cudaLibraryGetUnifiedFunction, cudaLibraryLoadData, cudaLibraryLoadFromFile,
     cudaLibraryUnload, cudaLogsCurrent, cudaLogsDumpToFile, cudaLogsDumpToMemory,
@@ -92,7 +96,7 @@ unsupported! { runtime:
     cudaWaitExternalSemaphoresAsync, cudaWaitExternalSemaphoresAsync_v2,
 }
 
-unsupported! { driver:
+unsupported! { driver DRIVER:
     cuArray3DCreate_v2, cuArray3DGetDescriptor_v2, cuArrayCreate_v2, cuArrayDestroy, cuArrayGetDescriptor_v2,
     cuArrayGetMemoryRequirements, cuArrayGetPlane, cuArrayGetSparseProperties, cuCoredumpDeregisterCompleteCallback,
     cuCoredumpDeregisterStartCallback, cuCoredumpGetAttribute, cuCoredumpGetAttributeGlobal,
@@ -121,7 +125,7 @@ unsupported! { driver:
     cuGraphExecMemsetNodeSetParams, cuGraphExecNodeSetParams, cuGraphExecUpdate_v2,
     cuGraphExternalSemaphoresSignalNodeGetParams, cuGraphExternalSemaphoresSignalNodeSetParams,
     cuGraphExternalSemaphoresWaitNodeGetParams, cuGraphExternalSemaphoresWaitNodeSetParams, cuGraphGetId,
-    cuGraphHostNodeGetParams, cuGraphHostNodeSetParams, cuGraphInstantiate, cuGraphInstantiateWithParams,
+    cuGraphHostNodeGetParams, cuGraphHostNodeSetParams,
     cuGraphKernelNodeCopyAttributes, cuGraphKernelNodeGetAttribute, cuGraphKernelNodeGetParams_v2,
     cuGraphKernelNodeSetAttribute, cuGraphKernelNodeSetParams_v2, cuGraphMemAllocNodeGetParams,
     cuGraphMemFreeNodeGetParams, cuGraphMemcpyNodeGetParams, cuGraphMemcpyNodeSetParams, cuGraphMemsetNodeGetParams,
@@ -135,7 +139,7 @@ unsupported! { driver:
     cuGreenCtxRecordEvent, cuGreenCtxStreamCreate, cuGreenCtxWaitEvent, cuImportExternalMemory,
     cuImportExternalSemaphore, cuKernelGetLibrary, cuKernelGetName, cuKernelGetParamCount, cuKernelGetParamInfo,
     cuKernelSetCacheConfig, cuLaunch, cuLaunchCooperativeKernelMultiDevice, cuLaunchGrid, cuLaunchGridAsync,
-    cuLaunchHostFunc_v2, cuLibraryEnumerateKernels, cuLibraryGetGlobal, cuLibraryGetKernelCount, cuLibraryGetManaged,
+    cuLibraryEnumerateKernels, cuLibraryGetGlobal, cuLibraryGetKernelCount, cuLibraryGetManaged,
     cuLibraryGetUnifiedFunction, cuLibraryLoadFromFile, cuLinkAddData_v2, cuLinkAddFile_v2, cuLinkComplete,
     cuLinkCreate_v2, cuLinkDestroy, cuLogicalEndpointAddDevice, cuLogicalEndpointBindAddr, cuLogicalEndpointBindMem,
     cuLogicalEndpointCreate, cuLogicalEndpointDestroy, cuLogicalEndpointExport, cuLogicalEndpointGetLimits,
@@ -158,8 +162,8 @@ unsupported! { driver:
     cuOccupancyMaxPotentialBlockSizeWithFlags, cuOccupancyMaxPotentialClusterSize, cuParamSetSize, cuParamSetTexRef,
     cuParamSetf, cuParamSeti, cuParamSetv, cuProfilerInitialize, cuSignalExternalSemaphoresAsync,
     cuStreamBatchMemOp_v2, cuStreamBeginCaptureToCig, cuStreamBeginCaptureToGraph, cuStreamBeginRecaptureToGraph,
-    cuStreamCopyAttributes, cuStreamEndCaptureToCig, cuStreamGetAttribute, cuStreamGetCtx_v2, cuStreamGetDevResource,
-    cuStreamGetGreenCtx, cuStreamSetAttribute,
+    cuStreamCopyAttributes, cuStreamEndCaptureToCig, cuStreamGetAttribute, cuStreamGetDevResource,
+    cuStreamSetAttribute,
     cuStreamWaitValue32_v2, cuStreamWaitValue64_v2, cuStreamWriteValue64_v2,
     cuSurfObjectCreate, cuSurfObjectDestroy, cuSurfObjectGetResourceDesc, cuSurfRefGetArray, cuSurfRefSetArray,
     cuTensorMapEncodeIm2col, cuTensorMapEncodeIm2colWide, cuTensorMapEncodeTiled, cuTensorMapReplaceAddress,

@@ -358,7 +358,7 @@ const CALLED: &[EntryPoint] = &[
     EntryPoint::DeviceMemory,
     EntryPoint::StreamCreate,
     EntryPoint::StreamSynchronize,
-    EntryPoint::CaptureInfo,
+    EntryPoint::StreamIsCapturing,
     EntryPoint::EventCreate,
     EntryPoint::EventRecord,
     EntryPoint::EventQuery,

@@ -7,7 +7,7 @@ use torch_uvm_sim::Machine;
 use crate::context::{self, Context};
 use crate::entry::{Outcome, entry_points, put, put_optional};
 use crate::errors::{self, Code, code};
-use crate::machine::{DRIVER_VERSION, chip, is_used, machine};
+use crate::machine::{DRIVER_VERSION, chip, described, is_used, machine};
 use crate::properties;
 use crate::runtime::device::{device_by_bus_id, device_limit, peer_attribute, write_text};
 
@@ -97,7 +97,7 @@ entry_points! { driver;
     /// `cuDeviceGetAttribute`.
     fn cuDeviceGetAttribute(value: *mut c_int, number: c_int, device: c_int) {
         initialized()?;
-        put(value, properties::attribute(&chip(device)?, number).ok_or(code::INVALID_VALUE)?)
+        put(value, properties::attribute(&described(device)?, number).ok_or(code::INVALID_VALUE)?)
     }
 
     /// `cuDeviceComputeCapability`.

@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
 
 use crate::entry::{entry_points, put};
-use crate::graphs::{self, CaptureAnswers};
+use crate::graphs::{self, CaptureAnswers, InstantiateParams};
 use crate::machine::{Handle, chip, machine};
 
 entry_points! { driver;
@@ -81,10 +81,20 @@ entry_points! { driver;
         put(exec, graphs::instantiate(graph)?)
     }
 
+    /// `cuGraphInstantiate`, the form of CUDA 10, whose arguments are those of `_v2`.
+    fn cuGraphInstantiate(
+        exec: *mut Handle, graph: Handle, _node: *mut Handle, _log: *mut c_char, _bytes: usize,
+    ) { put(exec, graphs::instantiate(graph)?) }
+
     /// `cuGraphInstantiate_v2`, the form before CUDA 12.
     fn cuGraphInstantiate_v2(
         exec: *mut Handle, graph: Handle, _node: *mut Handle, _log: *mut c_char, _bytes: usize,
     ) { put(exec, graphs::instantiate(graph)?) }
+
+    /// `cuGraphInstantiateWithParams`.
+    fn cuGraphInstantiateWithParams(exec: *mut Handle, graph: Handle, params: *mut InstantiateParams) {
+        put(exec, graphs::instantiate_with(graph, params)?)
+    }
 
     /// `cuGraphUpload`: there is nothing to upload.
     fn cuGraphUpload(_exec: Handle, _on: Handle) { machine().map(drop) }

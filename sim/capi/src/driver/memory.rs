@@ -109,10 +109,6 @@ fn allocate_host(bytes: usize) -> Outcome<Pointer> {
     Ok(machine()?.host_alloc(context::use_device(), bytes as u64)? as Pointer)
 }
 
-fn fill(to: u64, value: u32, width: u8, count: usize) -> Outcome {
-    ops::fill_async(to, value, width, count, ptr::null_mut())
-}
-
 entry_points! { driver;
     /// `cuMemGetInfo_v2`.
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
@@ -282,13 +278,13 @@ entry_points! { driver;
     fn cuMemcpy2DAsync_v2(parms: *const Memcpy2D, on: Handle) { copy_2d(parms, on) }
 
     /// `cuMemsetD8_v2`.
-    fn cuMemsetD8_v2(to: u64, value: u8, count: usize) { fill(to, value.into(), 1, count) }
+    fn cuMemsetD8_v2(to: u64, value: u8, count: usize) { ops::fill(to, value.into(), 1, count) }
 
     /// `cuMemsetD16_v2`.
-    fn cuMemsetD16_v2(to: u64, value: u16, count: usize) { fill(to, value.into(), 2, count) }
+    fn cuMemsetD16_v2(to: u64, value: u16, count: usize) { ops::fill(to, value.into(), 2, count) }
 
     /// `cuMemsetD32_v2`.
-    fn cuMemsetD32_v2(to: u64, value: u32, count: usize) { fill(to, value, 4, count) }
+    fn cuMemsetD32_v2(to: u64, value: u32, count: usize) { ops::fill(to, value, 4, count) }
 
     /// `cuMemsetD8Async`.
     fn cuMemsetD8Async(to: u64, value: u8, count: usize, on: Handle) { ops::fill_async(to, value.into(), 1, count, on) }

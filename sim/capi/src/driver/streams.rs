@@ -1,6 +1,7 @@
 //! Streams and events.
 
 use std::ffi::{c_int, c_uint, c_void};
+use std::ptr::null_mut;
 
 use crate::context::{self, Context};
 use crate::entry::{entry_points, put};
@@ -38,6 +39,18 @@ entry_points! { driver;
     /// `cuStreamGetCtx`.
     fn cuStreamGetCtx(on: Handle, to: *mut Context) { put(to, context::primary(streams::stream_info(on)?.device)?) }
 
+    /// `cuStreamGetCtx_v2`: no stream here is of a green context.
+    fn cuStreamGetCtx_v2(on: Handle, to: *mut Context, green: *mut Handle) {
+        put(to, context::primary(streams::stream_info(on)?.device)?)?;
+        put(green, null_mut())
+    }
+
+    /// `cuStreamGetGreenCtx`.
+    fn cuStreamGetGreenCtx(on: Handle, green: *mut Handle) {
+        streams::stream_info(on)?;
+        put(green, null_mut())
+    }
+
     /// `cuStreamQuery`.
     fn cuStreamQuery(on: Handle) { streams::query_stream(on) }
 
@@ -54,6 +67,11 @@ entry_points! { driver;
 
     /// `cuLaunchHostFunc`.
     fn cuLaunchHostFunc(on: Handle, function: HostFunction, data: *mut c_void) {
+        host_functions::launch(on, function, data)
+    }
+
+    /// `cuLaunchHostFunc_v2`: how the stream waits for the function changes nothing here.
+    fn cuLaunchHostFunc_v2(on: Handle, function: HostFunction, data: *mut c_void, _mode: c_uint) {
         host_functions::launch(on, function, data)
     }
 

@@ -30,6 +30,8 @@ const VERSIONED: &[(&str, c_int, &str)] = &[
     ("cuGraphInstantiate", 0, "cuGraphInstantiate_v2"),
     ("cuGraphGetEdges", 12_030, "cuGraphGetEdges_v2"),
     ("cuGraphGetEdges", 0, "cuGraphGetEdges"),
+    ("cuStreamGetCtx", 12_050, "cuStreamGetCtx_v2"),
+    ("cuStreamGetCtx", 0, "cuStreamGetCtx"),
     ("cuCtxCreate", 13_000, "cuCtxCreate_v4"),
     ("cuCtxCreate", 11_040, "cuCtxCreate_v3"),
     ("cuCtxCreate", 0, "cuCtxCreate_v2"),
@@ -124,4 +126,34 @@ entry_points! { runtime;
     fn cudaGetDriverEntryPointByVersion(
         name: *const c_char, to: *mut *mut c_void, version: u32, _flags: u64, status: *mut c_int,
     ) { look_up(name, to, c_int::try_from(version).map_err(|_| code::INVALID_VALUE)?, status) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unsupported;
+
+    /// Whether a name that is exported does something.
+    fn is_supported(name: &str) -> bool {
+        exported(name).is_some()
+            && ![unsupported::DRIVER, unsupported::RUNTIME].iter().any(|names| names.contains(&name))
+    }
+
+    #[test]
+    fn no_name_leads_to_an_unsupported_form_beside_a_supported_one() {
+        for unsupported in unsupported::DRIVER {
+            let Some((name, _)) = unsupported.rsplit_once("_v") else { continue };
+            let leads_there =
+                [0, 12_000, 12_090, 13_000].iter().any(|version| find(name, *version) == exported(unsupported));
+            assert!(!(leads_there && is_supported(name)), "{name} leads to {unsupported}");
+        }
+    }
+
+    #[test]
+    fn a_name_leads_to_the_form_of_the_version_asked_for() {
+        assert_eq!(find("cuStreamGetCtx", 12_040), exported("cuStreamGetCtx"));
+        assert_eq!(find("cuStreamGetCtx", 12_050), exported("cuStreamGetCtx_v2"));
+        assert_eq!(find("cuMemAlloc", 12_000), exported("cuMemAlloc_v2"));
+        assert_eq!(find("cudaMalloc", 12_000), None, "not the driver's");
+    }
 }

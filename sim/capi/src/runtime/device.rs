@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use crate::context;
 use crate::entry::{entry_points, last_error, put, put_optional};
 use crate::errors::{self, Code, code};
-use crate::machine::{Chip, DRIVER_VERSION, chip, machine};
+use crate::machine::{Chip, DRIVER_VERSION, chip, described, machine};
 use crate::properties::{self, Properties12, Properties13};
 
 /// `cudaGetErrorName`.
@@ -69,17 +69,17 @@ entry_points! { runtime;
 
     /// `cudaDeviceGetAttribute`.
     fn cudaDeviceGetAttribute(value: *mut c_int, number: c_int, device: c_int) {
-        put(value, properties::attribute(&chip(device)?, number).ok_or(code::INVALID_VALUE)?)
+        put(value, properties::attribute(&described(device)?, number).ok_or(code::INVALID_VALUE)?)
     }
 
     /// `cudaGetDeviceProperties_v2` of CUDA 12.
     fn uvmsim_rt12_cudaGetDeviceProperties_v2(prop: *mut Properties12, device: c_int) {
-        put(prop, properties::properties12(&chip(device)?))
+        put(prop, properties::properties12(&described(device)?))
     }
 
     /// `cudaGetDeviceProperties` of CUDA 13.
     fn uvmsim_rt13_cudaGetDeviceProperties(prop: *mut Properties13, device: c_int) {
-        put(prop, properties::properties13(&chip(device)?))
+        put(prop, properties::properties13(&described(device)?))
     }
 
     /// `cudaRuntimeGetVersion` of CUDA 12.

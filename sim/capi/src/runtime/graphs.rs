@@ -4,20 +4,10 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
 
 use crate::entry::{entry_points, put};
-use crate::errors::code;
-use crate::graphs::{self, CaptureAnswers};
+use crate::graphs::{self, CaptureAnswers, InstantiateParams};
 use crate::machine::{Handle, chip, machine};
 
 type EdgeData = *mut c_void;
-
-/// `cudaGraphInstantiateParams`.
-#[repr(C)]
-pub struct InstantiateParams {
-    flags: u64,
-    upload_stream: Handle,
-    error_node: Handle,
-    result: c_int,
-}
 
 entry_points! { runtime;
     /// `cudaStreamBeginCapture`.
@@ -110,10 +100,7 @@ entry_points! { runtime;
 
     /// `cudaGraphInstantiateWithParams`.
     fn cudaGraphInstantiateWithParams(exec: *mut Handle, graph: Handle, params: *mut InstantiateParams) {
-        let params = params.as_mut().ok_or(code::INVALID_VALUE)?;
-        params.error_node = null_mut();
-        params.result = 0;
-        put(exec, graphs::instantiate(graph)?)
+        put(exec, graphs::instantiate_with(graph, params)?)
     }
 
     /// `cudaGraphUpload`: there is nothing to upload.

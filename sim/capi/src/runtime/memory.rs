@@ -290,10 +290,7 @@ entry_points! { runtime;
 
     /// `cudaMemset`.
     fn cudaMemset(to: Pointer, value: c_int, bytes: usize) {
-        if bytes == 0 {
-            return Ok(());
-        }
-        Ok(machine()?.memset(context::use_device(), to as u64, value as u8, bytes as u64)?)
+        ops::fill(to as u64, u32::from(value as u8), 1, bytes)
     }
 
     /// `cudaMemsetAsync`.

@@ -146,6 +146,11 @@ entry_points! { runtime;
         host_functions::launch(on, function, data)
     }
 
+    /// `cudaLaunchHostFunc_v2`: how the stream waits for the function changes nothing here.
+    fn cudaLaunchHostFunc_v2(on: Handle, function: HostFunction, data: *mut c_void, _mode: c_uint) {
+        host_functions::launch(on, function, data)
+    }
+
     /// `cudaEventCreate`.
     fn cudaEventCreate(what: *mut Handle) { put(what, create_event(0)?) }
 
