@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 
+def use_count(storage: torch.UntypedStorage) -> int:
+    """How many own a storage: tensors, saved ones too, and the storage's Python object."""
+    return int(torch._C._storage_Use_Count(storage._cdata))
+
+
 class Owners:
     """The storage of a tensor of ours, and how many of its owners are our own."""
 
@@ -16,7 +21,7 @@ class Owners:
         self._ours = self._count()
 
     def _count(self) -> int:
-        return int(torch._C._storage_Use_Count(self._storage._cdata))
+        return use_count(self._storage)
 
     def one_more(self) -> None:
         """Another tensor of ours shares it."""

@@ -50,26 +50,43 @@ class Pinned:
         self._memory = mmap.mmap(-1, count)
         #: As a CPU tensor.
         self.cpu = torch.frombuffer(self._memory, dtype=torch.uint8)
-        pointer = self.cpu.data_ptr()
+        self._device = device
+        self._registered = _Registered(self.cpu, device)
+
+    def cuda(self, offset: int = 0, count: int | None = None) -> torch.Tensor:
+        """Its bytes from `offset` on, as a CUDA tensor: the GPU reads and writes them where they lie.
+
+        Each has a storage of its own: to code that looks for weights that share memory, two of them do not.
+        """
+        count = self.cpu.numel() - offset if count is None else count
+        device = torch.device("cuda", self._device)
+        if not count:
+            return torch.empty(0, dtype=torch.uint8, device=device)
+        return torch.as_tensor(_Lease(self._registered, offset, count), device=device)
+
+
+class _Registered:
+    """Registers memory with CUDA, as long as it lives."""
+
+    def __init__(self, cpu: torch.Tensor, device: int) -> None:
+        global _pinned
+        self.pointer, count = cpu.data_ptr(), cpu.numel()
         with torch.cuda.device(device):
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(pointer, count, _PORTABLE_AND_MAPPED)))
-            global _pinned
-            _pinned += count
-            lease = _Lease(pointer, count)
-            weakref.finalize(lease, _unpin, pointer, device, self.cpu).atexit = False
-            #: As a CUDA tensor: the GPU reads and writes it where it lies.
-            self.cuda = torch.as_tensor(lease, device=torch.device("cuda", device))
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self.pointer, count, _PORTABLE_AND_MAPPED)))
+        _pinned += count
+        weakref.finalize(self, _unpin, self.pointer, device, cpu).atexit = False
 
 
 class _Lease:
-    """What the CUDA tensor holds as long as it, or a view of it, lives."""
+    """What a CUDA tensor holds as long as it, or a view of it, lives."""
 
-    def __init__(self, pointer: int, count: int) -> None:
+    def __init__(self, registered: _Registered, offset: int, count: int) -> None:
+        self._registered = registered
         #: See the CUDA Array Interface, version 3, of Numba's documentation.
         self.__cuda_array_interface__: dict[str, Any] = {
             "shape": (count,),
             "typestr": "|u1",
-            "data": (pointer, False),
+            "data": (registered.pointer + offset, False),
             "version": 3,
         }
 

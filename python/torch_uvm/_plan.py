@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ._sharing import Extent, bytes_of, extents_of
+
 MIB = 1 << 20
 #: Units smaller than this stay on the device: a copy of them costs more than their memory is worth.
 SMALLEST = MIB
@@ -25,22 +27,27 @@ READ_BY_ROWS = (nn.Embedding, nn.EmbeddingBag)
 
 @dataclass
 class Group:
-    """Parameters that are in one place and, where they stream, are fetched together."""
+    """Weights that are in one place and, where they stream, are fetched together."""
 
     name: str
     #: The modules whose forward uses them; none where nothing is to be fetched for them.
     modules: list[nn.Module]
-    parameters: list[nn.Parameter]
+    extents: list[Extent]
     #: Bytes in a slot.
     bytes: int = 0
 
     def __post_init__(self) -> None:
-        self.bytes = sum(aligned(bytes_of(parameter)) for parameter in self.parameters)
+        self.bytes = sum(aligned(extent.nbytes) for extent in self.extents)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters in its extents."""
+        return [parameter for extent in self.extents for parameter in extent.weights()]
 
 
 @dataclass
 class Groups:
-    """A model's parameters, each in one group."""
+    """A model's parameters, each in one group. Those whose memory is held outside the model are in none."""
 
     #: In the order of the modules: may stream.
     units: list[Group] = field(default_factory=list)
@@ -70,40 +77,38 @@ def aligned(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-def bytes_of(parameter: torch.Tensor) -> int:
-    """Bytes of its elements."""
-    return parameter.numel() * parameter.element_size()
+def group(model: nn.Module, largest: int | None = None, extents: list[Extent] | None = None) -> Groups:
+    """Divides a model's parameters, with the buffers that share memory with them.
 
-
-def streamable(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is an ordinary one. Those of other kinds (quantised, distributed) stay as they are."""
-    return (
-        type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor and parameter.layout == torch.strided
-    )
-
-
-def group(model: nn.Module, largest: int | None = None) -> Groups:
-    """Divides a model's parameters.
-
-    An element of a container that has more than `largest` bytes is divided further, where its modules allow it.
+    An element of a container that has more than `largest` bytes is divided further, where its modules allow it. `extents` are
+    the model's, if they are known already.
     """
-    owners: dict[nn.Parameter, list[int]] = {}
+    extents = extents_of(model) if extents is None else extents
+    extent_of = {
+        tensor: extent
+        for extent in extents
+        if extent.weights() and not extent.held_outside
+        for tensor in extent.tensors
+    }
+    users: dict[Extent, list[int]] = {}
     named: list[tuple[str, nn.Module, str]] = []
-    for name, module, kind, parameters in _divide(model, "", False, largest, set()):
-        ordinary = [parameter for parameter in parameters if streamable(parameter)]
-        if not ordinary:
+    for name, module, kind, tensors in _divide(model, "", False, largest, set()):
+        used = {extent_of[tensor]: None for tensor in tensors if tensor in extent_of}
+        if not used:
             continue
-        for parameter in ordinary:
-            of_it = owners.setdefault(parameter, [])
-            if not of_it or of_it[-1] != len(named):
-                of_it.append(len(named))
+        for extent in used:
+            users.setdefault(extent, []).append(len(named))
         named.append((name, module, kind))
-    # A shared parameter belongs to those that would stream it: a table that is also a head is the head's.
-    shared: dict[tuple[int, ...], list[nn.Parameter]] = {}
-    for parameter, of_it in owners.items():
-        streaming = [index for index in of_it if named[index][2] == "unit"]
-        shared.setdefault(tuple(streaming or of_it), []).append(parameter)
+    # Shared memory belongs to those that would stream it: a table that is also a head is the head's.
+    shared: dict[tuple[int, ...], list[Extent]] = {}
     groups = Groups()
+    for extent, indices in users.items():
+        streaming = [index for index in indices if named[index][2] == "unit"]
+        if extent.shared and largest is not None and extent.nbytes > 2 * largest:
+            # Such as a buffer that all weights are views of. Slots for it would not fit.
+            groups.others.append(Group(" & ".join(extent.names), [], [extent]))
+        else:
+            shared.setdefault(tuple(streaming or indices), []).append(extent)
     for indices in sorted(shared):
         members = [named[index] for index in indices]
         found = Group(
@@ -120,23 +125,22 @@ def group(model: nn.Module, largest: int | None = None) -> Groups:
 
 def _divide(
     module: nn.Module, name: str, is_element: bool, largest: int | None, seen: set[nn.Module]
-) -> Iterator[tuple[str, nn.Module, str, list[nn.Parameter]]]:
-    """(name, module, kind, parameters) of each unit, in order. The kind is `unit` or `other`."""
+) -> Iterator[tuple[str, nn.Module, str, list[torch.Tensor]]]:
+    """(name, module, kind, parameters and buffers) of each unit, in order. The kind is `unit` or `other`."""
     if module in seen:
         return
     seen.add(module)
-    own = [parameter for parameter in module.parameters(recurse=False)]
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     children = [(child_name, child) for child_name, child in module.named_children()]
     with_parameters = [child for _, child in children if next(child.parameters(), None) is not None]
     is_container = isinstance(module, CONTAINERS)
     is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))  # they have no forward
     if (is_element and not is_list) or not with_parameters:
-        everything = list(module.parameters())
-        size = sum(bytes_of(parameter) for parameter in everything)
+        size = sum(bytes_of(parameter) for parameter in module.parameters())
         if not with_parameters or largest is None or size <= largest:
             seen.update(module.modules())
             rows = isinstance(module, READ_BY_ROWS)
-            yield name, module, "other" if rows else "unit", everything
+            yield name, module, "other" if rows else "unit", [*module.parameters(), *module.buffers()]
             return
     if own:
         # Its forward holds those of its children: it would keep a slot all the while.
@@ -201,3 +205,10 @@ def _with_others(groups: Groups, resident: frozenset[int], left: int, slot: int,
             left -= groups.others[index].bytes
             others.add(index)
     return Choice(resident, frozenset(others), slot, slots)
+
+
+def bytes_needed(groups: Groups, ahead: int) -> int:
+    """The least `device_bytes` with which `choose` finds something that stays."""
+    sizes = [unit.bytes for unit in groups.units]
+    streaming = [(ahead + 1) * slot + sum(size for size in sizes if size > slot) for slot in set(sizes)]
+    return sum(small.bytes for small in groups.small) + min([sum(sizes), *streaming])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,10 +20,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from ._library import size as in_words
 from ._order import BACKWARD, FORWARD, START, Order
 from ._owners import Owners
-from ._plan import SMALLEST, Choice, Group, Groups, aligned, bytes_of, choose, group
+from ._plan import MIB, SMALLEST, Choice, Group, Groups, aligned, bytes_needed, choose, group
 from ._pinned import Pinned
 from ._pools import empty_cache, placement
 from ._report import device_index, enabled_library, memory_info
+from ._sharing import Extent, bytes_of, extents_of, strides
 from ._slots import Slot, Slots
 
 #: Where gradients of weights that stream are kept.
@@ -67,16 +70,16 @@ class StreamStatistics:
 
 
 class _Weight:
-    """A parameter that streams."""
+    """A parameter that streams, or a buffer that shares memory with one."""
 
     __slots__ = ("bound", "host", "offset", "parameter", "pointer", "version")
 
-    def __init__(self, parameter: nn.Parameter, host: torch.Tensor, offset: int) -> None:
+    def __init__(self, parameter: torch.Tensor, host: torch.Tensor, offset: int) -> None:
         self.parameter = parameter
         #: Its place in host memory.
         self.host = host
         self.pointer = host.data_ptr()
-        #: In elements, in the unit's host memory and in a slot alike.
+        #: In elements, in a slot.
         self.offset = offset
         #: Whether `parameter.data` is in a slot, and the address and version that it then had.
         self.bound = 0
@@ -86,6 +89,12 @@ class _Weight:
         """The host memory is not needed any more; what it looked like is."""
         self.host = torch.empty_like(self.host, device="meta")
         self.pointer = -1
+
+    def holds(self, byte: int) -> bool:
+        """Whether a byte of a slot is one of its own, or in its gaps."""
+        begin = self.offset * self.host.element_size()
+        last = sum((size - 1) * stride for size, stride in zip(self.host.shape, self.host.stride()))
+        return begin <= byte < begin + (last + 1) * self.host.element_size()
 
     def in_slot(self, slot: Slot) -> torch.Tensor:
         """Its view in a slot."""
@@ -336,8 +345,8 @@ class Stream:
         self._device = torch.device("cuda", self._index)
         self._forwards: list[_Forward] = []
         self._units: list[_Unit] = []
-        #: What lies in host memory, group by group.
-        self._hosted: list[list[_Weight]] = []
+        #: What lies in host memory, extent by extent.
+        self._hosted: list[tuple[Extent, list[_Weight]]] = []
         self._slots: Optional[Slots] = None
         self._order = Order(0)
         self._grads: Optional[_HostGradients] = None
@@ -350,30 +359,32 @@ class Stream:
         # Statistics.
         self._resident_bytes = self._remote_bytes = self._candidates = 0
         self._fetches = self._bytes = self._hits = self._misses = self._stale = self._written = 0
-        origins = {parameter: parameter.device for parameter in model.parameters()}
+        extents = _movable(extents_of(model))
+        origins = [(extent, extent.tensors[0].device) for extent in extents if extent.weights()]
+        buffers = [(module, dict(module._buffers)) for module in model.modules()]
         try:
-            self._attach(device_bytes, gradients)
+            self._attach(extents, device_bytes, gradients)
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # they hold memory that is about to be given back
+            for module, own in buffers:
+                module._buffers.update(own)
             self._detach(origins, whole=False)
             raise
 
     # Attaching
 
-    def _attach(self, device_bytes: Optional[int], gradients: Gradients) -> None:
+    def _attach(self, extents: list[Extent], device_bytes: Optional[int], gradients: Gradients) -> None:
         wanted = memory_info(self._index).device_limit if device_bytes is None else device_bytes
-        groups = group(self._model, largest=max(1, wanted // (2 * (self._ahead + 1))))
-        for module in self._model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if not buffer.is_cuda:
-                    module._buffers[name] = buffer.to(self._device)
+        groups = self._group(extents, wanted)
+        self._move_buffers(extents)
+        self._resident_bytes += sum(extent.nbytes for extent in extents if extent.held_outside)
         choice = None if device_bytes is None else self._choose(groups, device_bytes)
         # One after the other, so that never more than one unit is on the device beside what stays there. Where it is not
         # known yet what may stay, everything goes to the host first: only then do the books say what others hold.
         hosts: dict[int, tuple[torch.Tensor, list[_Weight]]] = {}
-        for index, unit in enumerate(groups.units):
+        for index, found in enumerate(groups.units):
             if choice is None or index not in choice.resident:
-                hosts[index] = self._to_host(unit)
+                hosts[index] = self._to_host(found)
         for index, other in enumerate(groups.others):
             if choice is None or index not in choice.others:
                 self._to_host(other)
@@ -403,7 +414,9 @@ class Stream:
         self._candidates = len(groups.units)
         self._order = Order(len(self._units))
         if gradients == "host":
-            self._grads = _HostGradients([weight.parameter for unit in self._units for weight in unit.weights])
+            self._grads = _HostGradients(
+                [p for unit in self._units for p in (weight.parameter for weight in unit.weights) if p.is_leaf]
+            )
         if self._units:
             if self._model not in by_module:
                 self._forwards.append(_Pass(self, self._model, []))
@@ -425,37 +438,77 @@ class Stream:
             "weights must fit, beside the units that are larger than a slot"
         )
         if given:
-            raise ValueError(f"device_bytes: {text}")
-        raise RuntimeError(f"torch_uvm.stream(): {text}. Set uvm_device_limit_mb higher, or device_bytes")
+            needed = self._enough(lambda least: least, lambda least: least)
+            raise ValueError(f"device_bytes: {text}. {needed} MiB would do")
+        info = memory_info(self._index)
+        needed = self._enough(
+            lambda limit: max(0, limit - info.populated_device) * (1 - RESERVE),
+            lambda least: info.populated_device + least / (1 - RESERVE),
+        )
+        raise RuntimeError(
+            f"torch_uvm.stream(): {text}. Set uvm_device_limit_mb to {needed} or more, or device_bytes, which leaves less to "
+            "everything else"
+        )
+
+    def _enough(self, for_weights: Callable[[int], float], limit_for: Callable[[int], float]) -> int:
+        """The MiB of device memory that would do. `for_weights` says what is left of a limit, and `limit_for` the inverse.
+
+        With more memory units may be larger, and need more: it is tried until it holds.
+        """
+        extents, limit = extents_of(self._model), 0
+        while True:
+            groups = self._group(extents, limit)
+            if choose(groups, int(for_weights(limit)), self._ahead) is not None:
+                return limit // MIB
+            limit = max(limit + MIB, -(-math.ceil(limit_for(bytes_needed(groups, self._ahead))) // MIB) * MIB)
+
+    def _group(self, extents: list[Extent], device_bytes: int) -> Groups:
+        return group(self._model, max(1, device_bytes // (2 * (self._ahead + 1))), extents)
+
+    def _move_buffers(self, extents: list[Extent]) -> None:
+        """Moves buffers to the device; those that share memory with weights are moved with these."""
+        moved: dict[torch.Tensor, torch.Tensor] = {}
+        with torch.no_grad():
+            for extent in extents:
+                if not extent.weights() and not extent.tensors[0].is_cuda:
+                    moved.update(zip(extent.tensors, extent.on(self._device)))
+        with_weights = {tensor for extent in extents if extent.weights() for tensor in extent.tensors}
+        for module in self._model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_cuda and buffer not in with_weights:
+                    if buffer not in moved:
+                        moved[buffer] = buffer.to(self._device)
+                    module._buffers[name] = moved[buffer]
 
     def _to_host(self, found: Group) -> tuple[torch.Tensor, list[_Weight]]:
-        """Moves a group's parameters into one piece of pinned memory; answers it as a CPU tensor, to copy from."""
+        """Moves a group's weights into one piece of pinned memory; answers it as a CPU tensor, to copy from."""
         with torch.inference_mode(False), torch.no_grad():
             host = Pinned(found.bytes, self._index)
             weights: list[_Weight] = []
-            self._hosted.append(weights)
-            offset = 0
-            for parameter in found.parameters:
-                first = offset // parameter.element_size()
-                place = slice(offset, offset + bytes_of(parameter))
-                shape, strides = parameter.shape, _strides(parameter)
-                view = torch.as_strided(host.cuda[place].view(parameter.dtype), shape, strides, first)
-                if parameter.is_cuda:
-                    view.copy_(parameter.data)
+            start = 0
+            for extent in found.extents:
+                cuda = host.cuda(start, extent.nbytes)
+                if extent.tensors[0].is_cuda:
+                    extent.copy_to(cuda)
                 else:
-                    torch.as_strided(host.cpu[place].view(parameter.dtype), shape, strides, first).copy_(parameter.data)
-                _repoint(parameter, view)
-                weights.append(_Weight(parameter, view, first))
-                offset += aligned(bytes_of(parameter))
+                    extent.copy_to(host.cpu, start)
+                views = extent.views(cuda)
+                of_extent = [
+                    _Weight(tensor, view, (start + offset) // tensor.element_size())
+                    for tensor, view, offset in zip(extent.tensors, views, extent.offsets)
+                ]
+                self._hosted.append((extent, of_extent))
+                weights += of_extent
+                _repoint(extent, views)
+                start += aligned(extent.nbytes)
         return host.cpu, weights
 
     def _to_device(self, found: Group, move: bool = True) -> None:
-        """Moves a group's parameters into plain device memory; without `move` those that are not on the device."""
+        """Moves a group's weights into plain device memory; without `move` those that are not on the device."""
         with torch.inference_mode(False), torch.no_grad(), placement("device", self._index):
-            for parameter in found.parameters:
-                if not move and parameter.is_cuda:
-                    continue
-                _repoint(parameter, torch.empty_like(parameter.data, device=self._device).copy_(parameter.data))
+            for extent in found.extents:
+                if move or not extent.tensors[0].is_cuda:
+                    _repoint(extent, extent.on(self._device))
         self._resident_bytes += found.bytes
 
     # In use
@@ -646,8 +699,7 @@ class Stream:
         unit = self._units[slot.unit]
         first = tensor.storage_offset() * tensor.element_size()
         for number, weight in enumerate(unit.weights):
-            begin = weight.offset * weight.host.element_size()
-            if begin <= first < begin + max(1, bytes_of(weight.host)):
+            if weight.holds(first):
                 version = weight.parameter._version if weight.bound else slot.versions[number]
                 return _Saved(unit, weight, version, tensor)
         return None
@@ -701,10 +753,10 @@ class Stream:
             torch.cuda.OutOfMemoryError: the weights do not fit. Nothing streams any more, and those that did not fit stay
                 in host memory, where the GPU reads them; calling it again goes on.
         """
-        self._detach({}, whole=True)
+        self._detach([], whole=True)
 
-    def _detach(self, origins: dict[nn.Parameter, torch.device], *, whole: bool) -> None:
-        """Undoes `_attach`, whatever part of it was done; moves parameters to where `origins` says, else to the device.
+    def _detach(self, origins: list[tuple[Extent, torch.device]], *, whole: bool) -> None:
+        """Undoes `_attach`, whatever part of it was done; moves weights to where `origins` says, else to the device.
 
         Without `whole` those that the device has no memory for stay in host memory, and that is no error.
         """
@@ -731,18 +783,23 @@ class Stream:
                 raise
         empty_cache()
 
-    def _bring_back(self, origins: dict[nn.Parameter, torch.device]) -> None:
-        for parameter, device in origins.items():
-            if device.type == "cpu" and parameter.is_cuda:
-                _repoint(parameter, parameter.data.cpu())
+    def _bring_back(self, origins: list[tuple[Extent, torch.device]]) -> None:
+        for extent, device in origins:
+            if device.type == "cpu" and extent.tensors[0].is_cuda:
+                _repoint(extent, extent.on(device))
         released = 0
         while self._hosted:
-            for weight in self._hosted[-1]:
-                if weight.parameter.data_ptr() == weight.pointer:
-                    _repoint(weight.parameter, _ordinary(weight.host))
-                released += bytes_of(weight.host)
+            extent, weights = self._hosted[-1]
+            staying = [weight.parameter.data_ptr() == weight.pointer for weight in weights]
+            if any(staying):
+                moved = _ordinary(extent, weights)
+                for weight, data, stays in zip(weights, moved, staying):
+                    if stays:
+                        _repoint_one(weight.parameter, data)
+            for weight in weights:
                 weight.let_go()
             self._hosted.pop()
+            released += extent.nbytes
             if released > _GIB:  # so that the weights are not there twice
                 empty_cache()
                 released = 0
@@ -780,8 +837,8 @@ class Stream:
 class _HostGradients:
     """Moves each gradient into host memory as soon as it is complete."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._kept: dict[nn.Parameter, _HostGradient] = {}
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        self._kept: dict[torch.Tensor, _HostGradient] = {}
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._moved)
             for parameter in parameters
@@ -792,11 +849,11 @@ class _HostGradients:
         grad = parameter.grad
         if grad is None or grad.layout != torch.strided or grad.requires_grad:
             return  # sparse ones are small; one with a graph (create_graph) is part of it
-        kept = self._kept.get(parameter)  # type: ignore[call-overload]
+        kept = self._kept.get(parameter)
         if kept is not None and grad.data_ptr() == kept.cuda.data_ptr():
             return
         if kept is None or not kept.serves(grad):
-            kept = self._kept[parameter] = _HostGradient(grad)  # type: ignore[index]
+            kept = self._kept[parameter] = _HostGradient(grad)
         kept.host.copy_(grad, non_blocking=True)
         parameter.grad = kept.cuda.view_as(kept.cuda)
 
@@ -828,7 +885,7 @@ class _HostGradient:
     def _large(grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pinned = Pinned(bytes_of(grad), grad.device.index)
         cuda, host = (
-            torch.as_strided(flat.view(grad.dtype), grad.shape, _strides(grad)) for flat in (pinned.cuda, pinned.cpu)
+            torch.as_strided(flat.view(grad.dtype), grad.shape, strides(grad)) for flat in (pinned.cuda(), pinned.cpu)
         )
         return cuda, host
 
@@ -837,27 +894,60 @@ class _HostGradient:
         return self.cuda.dtype == grad.dtype and self.cuda.shape == grad.shape and self._owners.alone()
 
 
-def _ordinary(host: torch.Tensor) -> torch.Tensor:
-    """A copy in memory of the default placement."""
+def _movable(extents: list[Extent]) -> list[Extent]:
+    """A model's extents, after a word about those that cannot move: tensors outside the model share their memory.
+
+    On the GPU they stay where they are: their memory would not become free. Others would have to be moved to the GPU.
+    """
+    held = [extent for extent in extents if extent.weights() and extent.held_outside]
+    refused = [name for extent in held if not extent.tensors[0].is_cuda for name in extent.names]
+    if refused:
+        raise ValueError(
+            f"model: the memory of {_names(refused)} on the CPU is shared with a tensor outside the model (a flat buffer, a "
+            "view, a state_dict, another model, a graph of a forward pass): what is written through one would not be seen "
+            "through the other. Delete that tensor, or move the model to the GPU first"
+        )
+    staying = [name for extent in held for name in extent.names]
+    if staying:
+        warnings.warn(
+            f"torch_uvm.stream(): the memory of {_names(staying)} is shared with a tensor outside the model (a flat buffer, a "
+            "view, a state_dict, another model, a graph of a forward pass). It stays where it is and does not stream",
+            stacklevel=4,
+        )
+    return extents
+
+
+def _names(names: list[str]) -> str:
+    """The first few of them."""
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def _ordinary(extent: Extent, weights: list[_Weight]) -> list[torch.Tensor]:
+    """Copies of an extent's tensors, from host memory, in memory of the default placement."""
+    there = Extent([weight.host for weight in weights], extent.names, extent.offsets, extent.nbytes)
+    device = weights[0].host.device
     try:
-        return torch.empty_like(host).copy_(host)
+        return there.on(device)
     except torch.cuda.OutOfMemoryError:
         empty_cache()  # what weights before this one have left in the host's pools
-        return torch.empty_like(host).copy_(host)
+        return there.on(device)
 
 
-def _strides(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Its strides where they cover memory without gaps, else those of a contiguous tensor."""
-    return tuple(torch.empty_like(parameter, device="meta").stride())
+def _repoint(extent: Extent, views: list[torch.Tensor]) -> None:
+    """Gives an extent another place."""
+    for tensor, data in zip(extent.tensors, views):
+        _repoint_one(tensor, data)
 
 
-def _repoint(parameter: nn.Parameter, data: torch.Tensor) -> None:
-    """Gives a parameter another place, and its gradient the same device."""
-    grad = parameter.grad
-    parameter.grad = None
-    parameter.data = data
+def _repoint_one(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Gives a tensor another place, and its gradient the same device."""
+    grad = tensor.grad if tensor.is_leaf else None
     if grad is not None:
-        parameter.grad = grad if grad.device == data.device else grad.to(data.device)
+        tensor.grad = None
+    tensor.data = data
+    if grad is not None:
+        tensor.grad = grad if grad.device == data.device else grad.to(data.device)
 
 
 def _device_of(model: nn.Module) -> int:
