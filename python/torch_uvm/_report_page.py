@@ -16,7 +16,8 @@ from typing import Any
 
 from . import _snapshot, _version
 from ._library import size
-from ._snapshot import KEY, PLACES, Device, NotASnapshot, Owner, Segment, Timeline
+from ._schema import KEY, PLACES, NotASnapshot
+from ._snapshot import Device, Owner, Segment, Timeline
 
 #: How places and states are called and coloured.
 PLACE_NAMES = {"device": "GPU", "host": "host", "unplaced": "unplaced", "mixed": "in mixed segments"}
@@ -31,6 +32,8 @@ STATE_NAMES = {
 STATE_COLOURS = {"allocated": "#2f855a", "waiting": "#c53030", "free": "#c6d3de", "mixed": "#b794a6", "hole": "#ffffff"}
 #: Points of a timeline, segments of a map, parts in them, owners in a chart and in the table: no more than can be seen.
 MOST_POINTS, MOST_SEGMENTS, MOST_PIECES, MOST_BARS, MOST_OWNERS = 4000, 40, 6000, 15, 100
+#: Letters of a text.
+MOST_LETTERS = 1000
 #: The page's own scripts and styles, and nothing else from anywhere.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 STYLE = """
@@ -68,7 +71,7 @@ def page(snapshot: dict[str, Any], title: str) -> str:
     ours = snapshot.get(KEY)
     found = _snapshot.devices(snapshot)
     parts = [f"<h1>GPU memory: {_text(title)}</h1>", f'<p class="sub">{_text(_origin(snapshot))}</p>']
-    if not isinstance(ours, dict):
+    if ours is None:
         parts.append(
             '<section class="warn"><h3>Without places</h3>This snapshot does not tell which memory lies on the GPU and which in '
             "the host. <code>torch_uvm.dump_snapshot(filename)</code> writes one that does, where use_uvm is on.</section>"
@@ -77,7 +80,7 @@ def page(snapshot: dict[str, Any], title: str) -> str:
         parts.append("<section>No memory of any GPU is in this snapshot.</section>")
     for device in found:
         parts += _device(device, plot)
-    if isinstance(ours, dict) and isinstance(ours.get("config"), dict):
+    if ours is not None and "config" in ours:
         parts += [
             "<h2>Options</h2>",
             _section("", "", _table(["option", "value"], [list(one) for one in ours["config"].items()])),
@@ -97,8 +100,8 @@ class _Plots:
 
     def __init__(self) -> None:
         try:
-            from plotly import graph_objects
-            from plotly.offline import get_plotlyjs
+            from plotly import graph_objects  # type: ignore[import-untyped]
+            from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
         except ImportError as error:
             raise NoPlotly(
                 f"report needs plotly ({error}): pip install 'torch-uvm[report]', or pip install plotly"
@@ -140,10 +143,9 @@ class _Plots:
 def _origin(snapshot: dict[str, Any]) -> str:
     ours = snapshot.get(KEY)
     parts = []
-    if isinstance(ours, dict):
+    if ours is not None:
         parts.append(f"PyTorch {ours.get('torch', '?')}, uvm allocator")
-    settings = snapshot.get("allocator_settings")
-    conf = settings.get("PYTORCH_CUDA_ALLOC_CONF") if isinstance(settings, dict) else None
+    conf = snapshot.get("allocator_settings", {}).get("PYTORCH_CUDA_ALLOC_CONF")
     if conf:
         parts.append(f"PYTORCH_CUDA_ALLOC_CONF={conf}")
     return " · ".join([*parts, f"report of torch-uvm {_version.__version__}"])
@@ -183,7 +185,7 @@ def _cards(device: Device) -> str:
         cards.append(("allocated at most", _size(statistics["allocated_bytes.all.peak"])))
     if places:
         moved = [places.get(key) for key in ("moved_to_device", "moved_to_host")]
-        hints = sum(_snapshot._number(places.get(key)) for key in ("prefetches", "advices", "discards"))
+        hints = sum(_whole(places.get(key)) for key in ("prefetches", "advices", "discards"))
         cards += [("moved to the GPU", _size(moved[0])), ("moved to the host", _size(moved[1]))]
         cards += [
             ("hints", str(hints)),
@@ -221,7 +223,7 @@ def _timeline(device: Device, plot: _Plots) -> str:
     line = {"color": "#1a202c", "width": 1.4, "shape": "hv"}
     traces.append(_curve(plot, lines, lines.series["allocated"], unit, name, "allocated", line=line))
     shapes = []
-    limit = _snapshot._number(_part(device, "memory_info").get("device_limit"))
+    limit = _whole(_part(device, "memory_info").get("device_limit"))
     if device.places is not None and 0 < limit <= 1.3 * highest:
         height = limit / unit
         dots = {"dash": "dot", "color": "#c53030"}
@@ -262,7 +264,7 @@ def _by_place(device: Device, plot: _Plots) -> str:
             # Which of its blocks lie where is not in the snapshot.
             for place, count in segment.populated.items():
                 sums.setdefault(place, dict.fromkeys(STATE_NAMES, 0))["mixed"] += count
-            sums[segment.place]["hole"] += segment.holes
+            sums.setdefault(segment.place, dict.fromkeys(STATE_NAMES, 0))["hole"] += segment.holes
             continue
         total = sums.setdefault(segment.where, dict.fromkeys(STATE_NAMES, 0))
         for state in _snapshot.STATES:
@@ -402,9 +404,9 @@ def _extent(segment: Segment) -> int:
 def _owners(device: Device, plot: _Plots) -> str:
     """The largest owners of live memory."""
     title = "Owners of live memory"
-    if not device.owners:
-        return _section(title, "No memory is in use.", "")
     shown = [owner for owner in device.owners if owner.size][:MOST_BARS][::-1]
+    if not shown:
+        return _section(title, "No memory is in use.", "")
     unit, name = _unit(max(owner.size for owner in shown))
     places = [place for place in (*PLACES, "mixed", "") if any(_at(owner, place) for owner in shown)]
     traces = [
@@ -474,8 +476,8 @@ def _statistics(device: Device) -> str:
 
 def _part(device: Device, key: str) -> dict[str, Any]:
     """A dict of our part of the snapshot; empty where there is none."""
-    part = (device.ours or {}).get(key)
-    return part if isinstance(part, dict) else {}
+    part: dict[str, Any] = (device.ours or {}).get(key, {})
+    return part
 
 
 def _place(segment: Segment) -> str:
@@ -496,8 +498,13 @@ def _unit(largest: int) -> tuple[int, str]:
     return 1 << 10, "KiB"
 
 
+def _whole(value: object) -> int:
+    """A whole number of our part's figures; 0 where it is none."""
+    return value if isinstance(value, int) else 0
+
+
 def _size(value: object) -> str:
-    return size(int(value)) if isinstance(value, (int, float)) else "?"
+    return size(value) if isinstance(value, int) else "?"
 
 
 def _short(text: str, most: int = 64) -> str:
@@ -506,8 +513,9 @@ def _short(text: str, most: int = 64) -> str:
 
 
 def _text(value: object) -> str:
-    """A text for HTML."""
-    return escape(str(value))
+    """A text for HTML; of a long one the beginning, for many parts of a snapshot may share it."""
+    text = str(value)
+    return escape(text if len(text) <= MOST_LETTERS else text[: MOST_LETTERS - 1] + "…")
 
 
 def _section(title: str, note: str, body: str) -> str:
@@ -537,7 +545,7 @@ def main(source: str, target: str) -> int:
             raise _Refused(f"{source}: is no memory snapshot: {error}") from error
         text = page(snapshot, os.path.basename(source))
         try:
-            # Names in a snapshot may hold halves of characters that no file can.
+            # A file's name may hold what no text can.
             Path(target).write_text(text, encoding="utf-8", errors="replace")
         except OSError as error:
             raise _Refused(f"{target}: cannot be written: {error.strerror}") from error

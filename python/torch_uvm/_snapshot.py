@@ -1,7 +1,7 @@
 """Memory snapshots: writing them with what our allocator knows besides, and reading them for a report.
 
-A snapshot is PyTorch's: the pickle of `torch.cuda.memory._snapshot()`, which PyTorch's own visualiser opens. `dump_snapshot`
-adds one key, "torch_uvm", whose value is made of dicts, lists, strings and numbers only:
+A snapshot is PyTorch's: the pickle of `torch.cuda.memory._snapshot()`, which PyTorch's own visualiser opens.
+`dump_snapshot` adds one key, "torch_uvm", whose value is made of dicts, lists, strings and numbers only:
 
     version   1
     torch     PyTorch's version
@@ -16,6 +16,7 @@ import dataclasses
 import os
 import pickle
 import re
+import stat
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,27 +24,30 @@ from typing import TYPE_CHECKING, Any, Union
 
 from . import _library
 from ._library import Library
+from ._schema import KEY, PLACES, VERSION, NotASnapshot, check
+from ._unpickle import NotData, loads
 
 if TYPE_CHECKING:
     FileName = Union[str, "os.PathLike[str]"]
 
-#: The key that our part of a snapshot has.
-KEY = "torch_uvm"
-VERSION = 1
-#: Where memory may be, in the order in which it is shown.
-PLACES = ("device", "host", "unplaced")
+#: The largest file that is read, in bytes: what is read takes some ten times as much, and a pipe may have no end.
+MOST_BYTES = 2 << 30
+PART_BYTES = 16 << 20
 #: What memory of a segment may be: in use, freed by the program and waiting for streams, cached.
 STATES = ("allocated", "waiting", "free")
 #: What the functions that only take the stack down are called.
 UNWINDING = ("torch::unwind", "torch::CapturedTraceback", "torch::cuda::", "torch_uvm_", "c10::")
+#: Letters of a name or a path, and frames of a stack, that are shown.
+MOST_LETTERS, MOST_FRAMES = 300, 150
 STATE_OF = {"active_allocated": "allocated", "active_awaiting_free": "waiting", "active_pending_free": "waiting"}
 
 
 def dump_snapshot(filename: FileName = "dump_snapshot.pickle") -> None:
-    """Writes a snapshot of PyTorch's CUDA memory, as `torch.cuda.memory._dump_snapshot` does, with the places of memory.
+    """Writes a snapshot of PyTorch's CUDA memory as `torch.cuda.memory._dump_snapshot` does, with the places of memory.
 
-    `python -m torch_uvm report` makes a page of it, and PyTorch's visualiser opens it. What happened over time is in it where
-    `torch.cuda.memory._record_memory_history()` was called before. With another allocator than ours it is PyTorch's snapshot.
+    `python -m torch_uvm report` makes a page of it, and PyTorch's visualiser opens it. It tells what happened over time
+    where `torch.cuda.memory._record_memory_history()` was called before. With another allocator than ours it is
+    PyTorch's snapshot.
 
     Raises:
         OSError: the file cannot be written.
@@ -86,36 +90,31 @@ def _places(library: Library) -> dict[str, Any]:
     }
 
 
-class NotASnapshot(ValueError):
-    """A file that is no memory snapshot of PyTorch's."""
-
-
-class _DataOnly(pickle.Unpickler):
-    """Reads pickles of built-in containers, numbers and strings, which is all that a snapshot holds; nothing can be called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise NotASnapshot(f"it asks for {module}.{name}, and a snapshot holds nothing but data")
-
-
 def load(path: FileName) -> dict[str, Any]:
-    """Reads a snapshot's file. Nothing in it is run.
+    """Reads a snapshot's file, which may come from anybody, in memory and time in proportion to its length.
+
+    Nothing in it is run. What this returns has the types that `_schema` describes.
 
     Raises:
         OSError: the file cannot be read.
-        NotASnapshot: it is something else.
+        NotASnapshot: it is something else; says what is wrong, and where.
     """
     with open(path, "rb") as file:
-        try:
-            found = _DataOnly(file).load()
-        except NotASnapshot:
-            raise
-        except Exception as error:  # pickle raises nearly anything for what is no pickle
-            raise NotASnapshot(f"it is not a pickle that can be read: {error}") from error
-    if not isinstance(found, dict) or not all(
-        isinstance(found.get(key), list) for key in ("segments", "device_traces")
-    ):
-        raise NotASnapshot("it holds no 'segments' and 'device_traces': torch.cuda.memory._dump_snapshot writes them")
-    return found
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
+            raise OSError(None, "it is no file")
+        # In parts: a large number of bytes would be allocated before there is one.
+        parts: list[bytes] = []
+        while sum(map(len, parts)) <= MOST_BYTES and (part := file.read(PART_BYTES)):
+            parts.append(part)
+    data = b"".join(parts)
+    if len(data) > MOST_BYTES:
+        raise NotASnapshot(f"it is larger than {MOST_BYTES >> 30} GiB")
+    try:
+        found = loads(data)
+    except NotData as error:
+        raise NotASnapshot(str(error)) from error
+    return check(found, len(data))
 
 
 @dataclass(frozen=True)
@@ -164,12 +163,49 @@ class Owner:
     """Live memory that the same line of the program has allocated. Bytes."""
 
     name: str
-    #: The stack of the largest of its allocations, innermost first.
-    stack: list[str] = field(default_factory=list)
+    #: The stack of the largest of its allocations, innermost first, as the snapshot has it.
+    frames: list[dict[str, Any]] = field(default_factory=list)
     size: int = 0
     count: int = 0
     largest: int = 0
     by_place: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def stack(self) -> list[str]:
+        """The frames as texts."""
+        return [_frame(frame) for frame in self.frames[:MOST_FRAMES]]
+
+
+class _Owners:
+    """The owners of a device's live memory, while they are gathered.
+
+    Many blocks may share a stack and many stacks a frame, so that each stack is named once.
+    """
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Owner] = {}
+        self._by_stack: dict[int, Owner] = {}
+
+    def add(self, block: dict[str, Any], size: int, place: str) -> None:
+        """Books a live block on its owner."""
+        frames = block.get("frames", [])
+        owner = self._by_stack.get(id(frames))
+        if owner is None:
+            name = owner_name(frames)
+            owner = self._by_name.setdefault(name, Owner(name))
+            if frames:  # what the block does not have is a list that does not last
+                self._by_stack[id(frames)] = owner
+        owner.size += size
+        owner.count += 1
+        if place:
+            owner.by_place[place] = owner.by_place.get(place, 0) + size
+        if size > owner.largest:
+            owner.largest = size
+            owner.frames = frames
+
+    def sorted(self) -> list[Owner]:
+        """The largest first."""
+        return sorted(self._by_name.values(), key=lambda owner: (-owner.size, owner.name))
 
 
 @dataclass
@@ -207,17 +243,17 @@ class Device:
 
 
 def devices(snapshot: dict[str, Any]) -> list[Device]:
-    """The devices that a snapshot says something of."""
-    ours = {_number(one.get("device")): one for one in _dicts(_dict(snapshot.get(KEY)).get("devices"))}
+    """The devices that a snapshot says something of. It is one that `load` has read."""
+    ours = {one["device"]: one for one in snapshot.get(KEY, {}).get("devices", [])}
     theirs: dict[int, list[dict[str, Any]]] = {}
-    for segment in _dicts(snapshot["segments"]):
-        theirs.setdefault(_number(segment.get("device")), []).append(segment)
-    traces = [_dicts(trace) for trace in snapshot["device_traces"]]
+    for segment in snapshot["segments"]:
+        theirs.setdefault(segment.get("device", 0), []).append(segment)
+    traces = snapshot["device_traces"]
     used = {index for index, trace in enumerate(traces) if trace}
     found = []
     for index in sorted({*theirs, *ours, *used}):
         segments, owners = _segments(theirs.get(index, []), ours.get(index))
-        trace = traces[index] if 0 <= index < len(traces) else []
+        trace = traces[index] if index < len(traces) else []
         places, history = _samples(ours.get(index)), _history(trace, theirs.get(index, []))
         _from_the_first([timeline for timeline in (places, history) if timeline])
         found.append(Device(index, segments, owners, places, history, ours.get(index)))
@@ -225,78 +261,65 @@ def devices(snapshot: dict[str, Any]) -> list[Device]:
 
 
 def _segments(theirs: list[dict[str, Any]], ours: dict[str, Any] | None) -> tuple[list[Segment], list[Owner]]:
-    """Segments and owners of a device, the largest first. Where our part says so, PyTorch's segments are parts of a range."""
-    ranges = sorted((_range(one) for one in _dicts((ours or {}).get("segments"))), key=lambda one: one.address)
+    """Segments and owners of a device, the largest first.
+
+    Where our part says so, PyTorch's segments are parts of a range.
+    """
+    ranges = sorted((_range(one) for one in (ours or {}).get("segments", [])), key=lambda one: one.address)
     starts = [one.address for one in ranges]
     others: list[Segment] = []
-    owners: dict[str, Owner] = {}
+    owners = _Owners()
     for found in theirs:
-        address = _number(found.get("address"))
+        address = found.get("address", 0)
         at = bisect_right(starts, address) - 1
         if at >= 0 and address < ranges[at].address + ranges[at].size:
             segment = ranges[at]
         else:
-            segment = Segment(address, _number(found.get("total_size")), "", 0, "", False)
+            segment = Segment(address, found.get("total_size", 0), "", 0, "", False)
             others.append(segment)
-        pool = found.get("segment_pool_id")
-        segment.kind = str(found.get("segment_type", ""))
-        segment.stream = _number(found.get("stream"))
-        segment.growing = bool(found.get("is_expandable"))
-        segment.pool = ", ".join(map(str, pool)) if isinstance(pool, (tuple, list)) else ""
-        for block in _dicts(found.get("blocks")):
-            size = _number(block.get("size"))
-            state = STATE_OF.get(str(block.get("state")), "free")
-            start = _number(block.get("address", address)) - segment.address
-            segment.pieces.append(Piece(start, size, state))
+        segment.kind = found.get("segment_type", "")
+        segment.stream = found.get("stream", 0)
+        segment.growing = found.get("is_expandable", False)
+        segment.pool = ", ".join(map(str, found.get("segment_pool_id", ())))
+        for block in found.get("blocks", []):
+            size = block.get("size", 0)
+            state = STATE_OF.get(block.get("state", ""), "free")
+            segment.pieces.append(Piece(block.get("address", address) - segment.address, size, state))
             if state != "free":
-                _own(owners, block, size, segment.where)
+                owners.add(block, size, segment.where)
     for segment in ranges:
         segment.pieces.sort(key=lambda piece: piece.offset)
     found_segments = [*ranges, *others]
     found_segments.sort(key=lambda one: (-sum(piece.size for piece in one.pieces), one.address))
-    return found_segments, sorted(owners.values(), key=lambda owner: (-owner.size, owner.name))
+    return found_segments, owners.sorted()
 
 
 def _range(ours: dict[str, Any]) -> Segment:
     """A segment as our part of the snapshot has it."""
     return Segment(
-        address=_number(ours.get("base")),
-        size=_number(ours.get("range_bytes")),
+        address=ours.get("base", 0),
+        size=ours.get("range_bytes", 0),
         kind="small" if ours.get("small") else "large",
         stream=0,
-        pool=", ".join(map(str, ours["pool"])) if isinstance(ours.get("pool"), (tuple, list)) else "",
-        growing=bool(ours.get("growing")),
-        place=str(ours.get("place", "")),
-        memory=str(ours.get("memory", "")),
-        populated={place: _number(ours.get(f"populated_{place}")) for place in PLACES},
-        holes=_number(ours.get("vacant")),
+        pool=", ".join(map(str, ours.get("pool", ()))),
+        growing=ours.get("growing", False),
+        place=ours.get("place", ""),
+        memory=ours.get("memory", ""),
+        populated={place: ours.get(f"populated_{place}", 0) for place in PLACES},
+        holes=ours.get("vacant", 0),
     )
 
 
-def _own(owners: dict[str, Owner], block: dict[str, Any], size: int, place: str) -> None:
-    """Books a live block on its owner."""
-    frames = _dicts(block.get("frames"))
-    name = owner_name(frames)
-    owner = owners.setdefault(name, Owner(name))
-    owner.size += size
-    owner.count += 1
-    if place:
-        owner.by_place[place] = owner.by_place.get(place, 0) + size
-    if size > owner.largest:
-        owner.largest = size
-        owner.stack = [_frame(frame) for frame in frames]
-
-
 def owner_name(frames: list[dict[str, Any]]) -> str:
-    """The innermost frame of a stack that is the program's own: Python, and not PyTorch's; else the innermost of Python.
+    """The innermost Python frame of a stack that is not PyTorch's; else the innermost of Python.
 
     Threads of the backward pass have none: then the operation.
     """
-    python = [frame for frame in frames if str(frame.get("filename", "")).endswith(".py")]
-    own = [frame for frame in python if not _is_pytorch(str(frame.get("filename", "")))]
-    if own or python:
-        return _frame((own or python)[0])
-    names = [str(frame.get("name", "")) for frame in frames]
+    python = [frame for frame in frames if frame.get("filename", "").endswith(".py")]
+    own = (frame for frame in python if not _is_pytorch(_end(frame["filename"])))
+    if python:
+        return _frame(next(own, python[0]))
+    names = [_start(frame.get("name", "")) for frame in frames]
     for pattern, remark in (
         (r"torch::autograd::generated::(\w+)::apply", "backward pass"),
         (r"at::_ops::(\w+)::", "C++"),
@@ -312,17 +335,27 @@ def _is_pytorch(filename: str) -> bool:
 
 
 def _frame(frame: dict[str, Any]) -> str:
-    return f"{frame.get('filename', '??')}:{frame.get('line', 0)} {frame.get('name', '??')}"
+    return f"{_end(frame.get('filename', '??'))}:{frame.get('line', 0)} {_start(frame.get('name', '??'))}"
+
+
+def _start(name: str) -> str:
+    """A name, or what can be read of one that many frames may share; that of a C++ template may have any length."""
+    return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
+
+
+def _end(path: str) -> str:
+    """A path, or the end of one that is longer than any that a file has."""
+    return path if len(path) <= MOST_LETTERS else "…" + path[1 - MOST_LETTERS :]
 
 
 def _samples(ours: dict[str, Any] | None) -> Timeline | None:
     """The timeline by place, in seconds since 1970; None where nothing was recorded."""
-    samples = _dicts((ours or {}).get("samples"))
+    samples = (ours or {}).get("samples", [])
     if not samples:
         return None
     return Timeline(
-        [_number(one.get("time_us")) / 1e6 for one in samples],
-        {name: [_number(one.get(name)) for one in samples] for name in (*PLACES, "allocated")},
+        [one.get("time_us", 0) / 1e6 for one in samples],
+        {name: [one.get(name, 0) for one in samples] for name in (*PLACES, "allocated")},
     )
 
 
@@ -343,16 +376,16 @@ def _history(trace: list[dict[str, Any]], segments: list[dict[str, Any]]) -> Tim
     if not events:
         return None
     level = {
-        "reserved": sum(_number(segment.get("total_size")) for segment in segments),
-        "allocated": sum(_number(segment.get("allocated_size")) for segment in segments),
+        "reserved": sum(segment.get("total_size", 0) for segment in segments),
+        "allocated": sum(segment.get("allocated_size", 0) for segment in segments),
     }
     for entry, name, sign in events:
-        level[name] -= sign * _number(entry.get("size"))
+        level[name] -= sign * entry.get("size", 0)
     seconds: list[float] = []
     series: dict[str, list[int]] = {"reserved": [], "allocated": []}
     for entry, name, sign in events:
-        level[name] += sign * _number(entry.get("size"))
-        seconds.append(_number(entry.get("time_us")) / 1e6)
+        level[name] += sign * entry.get("size", 0)
+        seconds.append(entry.get("time_us", 0) / 1e6)
         for key, values in series.items():
             values.append(max(level[key], 0))
     return Timeline(seconds, series)
@@ -371,7 +404,7 @@ def _from_the_first(timelines: list[Timeline]) -> None:
 
 
 def thin(timeline: Timeline, most: int) -> Timeline:
-    """The same with at most about `most` points: of each stretch of time the highest values, so that no peak is lost."""
+    """The same with at most about `most` points: the highest values of each stretch of time, so no peak is lost."""
     count = len(timeline.seconds)
     if count <= most:
         return timeline
@@ -381,19 +414,6 @@ def thin(timeline: Timeline, most: int) -> Timeline:
         [timeline.seconds[start] for start in starts],
         {name: [max(values[start : start + step]) for start in starts] for name, values in timeline.series.items()},
     )
-
-
-def _number(value: object) -> int:
-    """A whole number; 0 for anything else, for a snapshot may hold anything."""
-    return int(value) if isinstance(value, (int, float)) and abs(value) < 1 << 62 else 0
-
-
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _dicts(value: object) -> list[dict[str, Any]]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def file_size(path: FileName) -> int:

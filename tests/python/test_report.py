@@ -16,15 +16,13 @@ import pytest
 import torch
 from on_device import on_device
 from simulated import Finished
+from snapshots import GIB, MIB, frame, plain, with_places
 from under_test import torch_uvm
 
 from torch_uvm import _report_page, _snapshot
 
 #: Takes long, and is the same for every version of PyTorch.
 pytestmark = pytest.mark.one_version
-
-MIB = 1 << 20
-GIB = 1 << 30
 
 
 def report(source: Path, target: Path, **variables: str) -> Finished:
@@ -71,102 +69,6 @@ class Page(HTMLParser):
     def card(self, name: str) -> str:
         """The headline figure of this name."""
         return self.shown[self.shown.index(name) - 1]
-
-
-def frame(filename: str, line: int, name: str) -> dict[str, Any]:
-    """A frame of a stack."""
-    return {"filename": filename, "line": line, "name": name}
-
-
-def plain(**changes: Any) -> dict[str, Any]:
-    """A snapshot of PyTorch's: two segments, four blocks, a history that has lost its beginning."""
-    stack = [
-        frame("??", 0, "torch::unwind::unwind()"),
-        frame("/venv/site-packages/torch/nn/modules/linear.py", 109, "__init__"),
-        frame("/home/me/model.py", 12, "build"),
-        frame("/home/me/train.py", 3, "<module>"),
-    ]
-    backward = [
-        frame("??", 0, "torch::unwind::unwind()"),
-        frame("", 0, "torch::autograd::generated::MmBackward0::apply(x)"),
-    ]
-    block = lambda address, size, state, frames: {  # noqa: E731
-        "address": address,
-        "size": size,
-        "requested_size": size,
-        "state": state,
-        "frames": frames,
-    }
-    common = {"device": 0, "stream": 0, "segment_pool_id": (0, 0), "is_expandable": False, "frames": []}
-    segments = [
-        {
-            **common, "address": GIB, "total_size": 20 * MIB, "segment_type": "large",
-            "allocated_size": 12 * MIB, "active_size": 13 * MIB, "requested_size": 12 * MIB,
-            "blocks": [
-                block(GIB, 8 * MIB, "active_allocated", stack),
-                block(GIB + 8 * MIB, 7 * MIB, "inactive", []),
-                block(GIB + 15 * MIB, MIB, "active_awaiting_free", stack),
-                block(GIB + 16 * MIB, 4 * MIB, "active_allocated", backward),
-            ],
-        },
-        {
-            **common, "address": 4 * GIB, "total_size": 2 * MIB, "segment_type": "small",
-            "allocated_size": 0, "active_size": 0, "requested_size": 0, "blocks": [block(4 * GIB, 2 * MIB, "inactive", [])],
-        },
-    ]  # fmt: skip
-    event = lambda action, size, time: {
-        "action": action,
-        "addr": GIB,
-        "size": size,
-        "stream": 0,
-        "time_us": time,
-        "frames": [],
-    }  # noqa: E731
-    trace = [event("segment_alloc", 20 * MIB, 10), event("alloc", 8 * MIB, 20), event("alloc", 6 * MIB, 30)]
-    trace += [event("free_requested", 6 * MIB, 40), event("free_completed", 6 * MIB, 41), event("alloc", 4 * MIB, 50)]
-    return {
-        "segments": segments,
-        "device_traces": [trace],
-        "allocator_settings": {},
-        "external_annotations": [],
-        **changes,
-    }
-
-
-def with_places() -> dict[str, Any]:
-    """The same, with one range of which a part is a hole, on the GPU and in the host."""
-    segment = {
-        "base": GIB, "range_bytes": 64 * MIB, "filled": 20 * MIB, "vacant": 3 * MIB, "place": "host", "memory": "managed",
-        "populated_device": 0, "populated_host": 20 * MIB, "populated_unplaced": 0, "small": False, "growing": True, "pool": (0, 0),
-    }  # fmt: skip
-    sample = lambda time, device, host, allocated: {  # noqa: E731
-        "time_us": time,
-        "device": device,
-        "host": host,
-        "unplaced": 0,
-        "allocated": allocated,
-    }
-    return plain(
-        torch_uvm={
-            "version": 1,
-            "torch": "2.11.0",
-            "config": {"use_uvm": True},
-            "devices": [
-                {
-                    "device": 0,
-                    "name": "NVIDIA GH200 480GB",
-                    "memory_info": {"capacity": 10 * GIB, "device_limit": 15 * GIB // 8, "allocated": 12 * MIB, "reserved": 22 * MIB},
-                    "statistics": {"num_ooms": 0, "allocated_bytes.all.peak": 14 * MIB},
-                    "place_stats": {
-                        "populated_device_peak": 1900 * MIB, "populated_host_peak": 333 * MIB, "moved_to_device": 77 * MIB,
-                        "moved_to_host": 55 * MIB, "prefetches": 4, "advices": 5, "discards": 6, "stage": 1, "stage_changes": 9,
-                    },
-                    "segments": [segment],
-                    "samples": [sample(10, 2 * MIB, 0, 0), sample(1_000_010, 2 * MIB, 20 * MIB, 12 * MIB)],
-                }
-            ],
-        }
-    )  # fmt: skip
 
 
 def made(snapshot: Any, folder: Path) -> Page:
@@ -346,15 +248,14 @@ def test_hostile_text(tmp_path: Path) -> None:
     snapshot = with_places()
     ours = snapshot["torch_uvm"]
     (device,) = ours["devices"]
+    ours["torch"] = device["name"] = device["segments"][0]["memory"] = HOSTILE
     for place in (ours, device, device["segments"][0], ours["config"], device["place_stats"], device["statistics"]):
-        for key, value in list(place.items()):
-            if not isinstance(value, (dict, list, tuple)) and key not in ("device", "base", "range_bytes"):
-                place[key] = HOSTILE
         place[HOSTILE] = HOSTILE
+    for place in (ours["config"], device["memory_info"], device["place_stats"], device["statistics"]):
+        place.update(dict.fromkeys(place, HOSTILE))
     snapshot["allocator_settings"] = {"PYTORCH_CUDA_ALLOC_CONF": HOSTILE}
     for block in snapshot["segments"][0]["blocks"]:
-        block["frames"] = [frame(HOSTILE + ".py", HOSTILE, HOSTILE)]  # type: ignore[arg-type]
-    snapshot["segments"][1]["segment_pool_id"] = (HOSTILE, HOSTILE)
+        block["frames"] = [frame(HOSTILE + ".py", 1, HOSTILE)]
     snapshot["segments"][1]["segment_type"] = HOSTILE
     page = made(snapshot, tmp_path)
     assert sum(tag == "script" for tag, _ in page.tags) == 2
@@ -408,19 +309,28 @@ def test_what_is_no_snapshot(content: bytes, said: str, tmp_path: Path) -> None:
 
 
 def test_snapshots_with_anything_in_them(tmp_path: Path) -> None:
-    """Data of the wrong types in every place makes a page, not a crash."""
+    """Data of the wrong types in any place make a page or an error that names the place, not a crash."""
     wrong: list[Any] = [None, "text", -5, 1e308, float("nan"), [], {}, [None, {"blocks": 3}], {"a": 1}]
-    for number, value in enumerate(wrong):
-        snapshot = with_places()
-        segment = snapshot["segments"][0]
-        for key in [key for key in segment if key != "device"]:
-            segment[key] = value
-        ours = snapshot["torch_uvm"]["devices"][0]
-        for key in [key for key in ours if key != "device"]:
-            ours[key] = value
-        _report_page.page(snapshot, f"wrong {number}")
-        _report_page.page(plain(torch_uvm=value), "wrong")
-        _report_page.page(plain(device_traces=[value, [value]]), "wrong")
+    source = tmp_path / "snapshot.pickle"
+
+    def look(snapshot: dict[str, Any], place: str) -> None:
+        source.write_bytes(pickle.dumps(snapshot))
+        try:
+            _snapshot.devices(_snapshot.load(source))
+        except _snapshot.NotASnapshot as error:
+            assert str(error).startswith(place), error
+
+    for value in wrong:
+        for key in plain()["segments"][0]:
+            snapshot = plain()
+            snapshot["segments"][0][key] = value
+            look(snapshot, f"segments[0].{key}")
+        for key in with_places()["torch_uvm"]["devices"][0]:
+            snapshot = with_places()
+            snapshot["torch_uvm"]["devices"][0][key] = value
+            look(snapshot, f"torch_uvm.devices[0].{key}")
+        look(plain(torch_uvm=value), "torch_uvm")
+        look(plain(device_traces=[value, [value]]), "device_traces[")
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
