@@ -12,8 +12,13 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 
-/// The host's page.
-pub(crate) const PAGE: u64 = 4096;
+/// The page of the machine that this runs on, in bytes: mappings begin and end with one. 4 KiB on x86-64; on aarch64 it is the
+/// kernel's choice, on Grace 64 KiB as a rule.
+pub(crate) fn page() -> u64 {
+    // SAFETY: the call reads a constant of the process.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(page).ok().filter(|page| page.is_power_of_two()).unwrap_or(64 << 10)
+}
 
 /// A zero fill of at least this size gives the pages back instead of writing zeros.
 const DROP_PAGES_FROM: u64 = 64 << 10;
@@ -34,6 +39,8 @@ struct Chunk {
 /// Ranges of address space of one alignment.
 pub(crate) struct Zone {
     align: u64,
+    /// The page in which contents are dropped.
+    page: u64,
     chunk_bytes: u64,
     chunks: Vec<Chunk>,
     /// What backs a shared zone, and how much of it is in use.
@@ -44,19 +51,20 @@ pub(crate) struct Zone {
 }
 
 impl Zone {
-    /// A zone of ranges aligned to `align` (a power of two, at least a page), which takes address space `chunk_bytes` at a time.
-    pub fn new(align: u64, chunk_bytes: u64) -> Zone {
-        Zone { align, chunk_bytes, chunks: Vec::new(), file: None, free: BTreeMap::new(), cursor: 0 }
+    /// A zone of ranges aligned to `align` (a power of two, at least a `page`), which takes address space `chunk_bytes` at a
+    /// time. `page` is a multiple of [`page()`].
+    pub fn new(align: u64, page: u64, chunk_bytes: u64) -> Zone {
+        Zone { align, page, chunk_bytes, chunks: Vec::new(), file: None, free: BTreeMap::new(), cursor: 0 }
     }
 
     /// The same, backed by a file that can be mapped elsewhere; by private memory where the host has no such files.
-    pub fn shared(align: u64, chunk_bytes: u64) -> Zone {
+    pub fn shared(align: u64, page: u64, chunk_bytes: u64) -> Zone {
         // SAFETY: the name is a C string, and a file descriptor that the call gives is ours alone.
         let file = unsafe {
             let descriptor = libc::memfd_create(c"torch-uvm-sim".as_ptr(), libc::MFD_CLOEXEC);
             (descriptor >= 0).then(|| File::from_raw_fd(descriptor))
         };
-        let mut zone = Zone::new(align, chunk_bytes);
+        let mut zone = Zone::new(align, page, chunk_bytes);
         zone.file = file.map(|file| (file, 0));
         zone
     }
@@ -287,12 +295,13 @@ pub(crate) unsafe fn fill(dst: u64, value: u32, width: u8, count: u64, zone: Opt
         _ => value.to_ne_bytes().iter().all(|&byte| byte == low),
     };
     if let (true, Some(zone)) = (uniform && low == 0 && bytes >= DROP_PAGES_FROM, zone) {
-        let first = (dst + PAGE - 1) & !(PAGE - 1);
-        let last = (dst + bytes) & !(PAGE - 1);
+        let first = (dst + zone.page - 1) & !(zone.page - 1);
+        let last = ((dst + bytes) & !(zone.page - 1)).max(first);
+        let (head, tail) = ((first - dst).min(bytes), (dst + bytes).saturating_sub(last));
         // SAFETY: the head and the tail lie inside the range.
         unsafe {
-            std::ptr::write_bytes(dst as *mut u8, 0, (first - dst) as usize);
-            std::ptr::write_bytes(last as *mut u8, 0, (dst + bytes - last) as usize);
+            std::ptr::write_bytes(dst as *mut u8, 0, head as usize);
+            std::ptr::write_bytes(last as *mut u8, 0, tail as usize);
         }
         zone.drop_pages(first, last - first);
         return;
@@ -326,8 +335,8 @@ mod tests {
 
     #[test]
     fn freed_addresses_come_back_late_and_empty() {
-        late_and_empty(Zone::new(1 << 21, 64 << 21));
-        late_and_empty(Zone::shared(1 << 21, 64 << 21));
+        late_and_empty(Zone::new(1 << 21, page(), 64 << 21));
+        late_and_empty(Zone::shared(1 << 21, page(), 64 << 21));
     }
 
     fn late_and_empty(mut zone: Zone) {
@@ -352,7 +361,7 @@ mod tests {
 
     #[test]
     fn a_big_reservation_costs_nothing() {
-        let mut zone = Zone::new(1 << 21, 1 << 36);
+        let mut zone = Zone::new(1 << 21, page(), 1 << 36);
         let a = zone.take(576 << 30).unwrap();
         // SAFETY: the last byte of a live range.
         unsafe { fill(a + (576 << 30) - 1, 1, 1, 1, Some(&zone)) };
@@ -362,8 +371,10 @@ mod tests {
 
     #[test]
     fn patterns() {
-        patterns_in(Zone::new(PAGE, 1 << 20));
-        patterns_in(Zone::shared(PAGE, 1 << 20));
+        for page in [page(), 64 << 10] {
+            patterns_in(Zone::new(page, page, 1 << 20));
+            patterns_in(Zone::shared(page, page, 1 << 20));
+        }
     }
 
     fn patterns_in(mut zone: Zone) {
@@ -378,6 +389,11 @@ mod tests {
             fill(at + 3, 0, 1, (1 << 18) - 5, Some(&zone));
             assert_eq!([*((at + 2) as *const u8), *((at + 3) as *const u8)], [0xFF, 0]);
             assert_eq!([*((at + (1 << 18) - 3) as *const u8), *((at + (1 << 18) - 2) as *const u8)], [0, 0xFF]);
+            // Long enough to drop pages, and without a whole page of 64 KiB in it.
+            fill(at, 0xFF, 1, 1 << 18, Some(&zone));
+            fill(at + (32 << 10), 0, 1, DROP_PAGES_FROM, Some(&zone));
+            let around = [(32 << 10) - 1, 32 << 10, (64 << 10) - 1, 64 << 10, (96 << 10) - 1, 96 << 10];
+            assert_eq!(around.map(|offset| *((at + offset) as *const u8)), [0xFF, 0, 0, 0, 0, 0xFF]);
         }
     }
 }

@@ -148,6 +148,9 @@ pub struct Profile {
     pub direct_host_access: bool,
     /// `INTEGRATED`: one physical memory for device and host; `device_memory` and `host_memory` are the same bytes.
     pub integrated: bool,
+    /// The page of the host's kernel, in bytes: the granularity in which the host maps memory. That of the machine that the
+    /// simulator runs on where this is smaller.
+    pub host_page: u64,
     /// `HOST_NUMA_ID`.
     pub host_numa_node: Option<i32>,
     /// How many NUMA nodes the host has.
@@ -199,6 +202,7 @@ impl Profile {
             host_page_tables: false,
             direct_host_access: false,
             integrated: false,
+            host_page: 4 * KIB,
             host_numa_node: Some(0),
             numa_nodes: 1,
             link_bytes_per_second: 64_000_000_000,
@@ -390,6 +394,13 @@ impl Config {
         self
     }
 
+    /// Sets the page of the host's kernel, in bytes: a power of two.
+    #[must_use]
+    pub fn host_page(mut self, bytes: u64) -> Config {
+        self.profile.host_page = bytes;
+        self
+    }
+
     /// Switches discarding on or off (off: as with drivers before CUDA 13.0).
     #[must_use]
     pub fn discard(mut self, on: bool) -> Config {
@@ -407,6 +418,7 @@ impl Config {
     /// | `TORCH_UVM_SIM_DEVICES` | number of devices, 1 to 16 |
     /// | `TORCH_UVM_SIM_SEED` | a number, `late` or `eager` |
     /// | `TORCH_UVM_SIM_CONCURRENT` | `0` switches concurrent managed access off |
+    /// | `TORCH_UVM_SIM_PAGE` | the page of the host's kernel, `4KiB` to `64KiB` |
     /// | `TORCH_UVM_SIM_FAIL` | calls that fail: `cudaMallocManaged@3=OUT_OF_MEMORY,cuMemAdvise=1`, see [`parse_faults`] |
     ///
     /// # Errors
@@ -418,7 +430,7 @@ impl Config {
     {
         let mut config = Config::new(Profile::gh200()).schedule(Schedule::Seeded(0));
         // Applied after the profile is known, whatever the order of the keys.
-        let (mut hbm, mut host, mut concurrent) = (None, None, None);
+        let (mut hbm, mut host, mut concurrent, mut page) = (None, None, None, None);
         for (key, value) in vars {
             let (key, value) = (key.as_ref(), value.as_ref().trim());
             match key {
@@ -450,12 +462,20 @@ impl Config {
                         _ => return Err(ConfigError::new(key, value, "0 or 1")),
                     };
                 }
+                "TORCH_UVM_SIM_PAGE" => {
+                    let allowed = "a power of two from 4KiB to 64KiB";
+                    let bytes = parse_size(value).filter(|n| n.is_power_of_two() && (4 * KIB..=64 * KIB).contains(n));
+                    page = Some(bytes.ok_or_else(|| ConfigError::new(key, value, allowed))?);
+                }
                 "TORCH_UVM_SIM_FAIL" => config.faults = parse_faults(key, value)?,
                 _ => {}
             }
         }
         if let Some(on) = concurrent {
             config = config.concurrent_managed_access(on);
+        }
+        if let Some(bytes) = page {
+            config = config.host_page(bytes);
         }
         if let Some(bytes) = hbm {
             config = config.device_memory(bytes);
@@ -590,6 +610,7 @@ mod tests {
             ("TORCH_UVM_SIM_DEVICES", "0", "1 to 16"),
             ("TORCH_UVM_SIM_SEED", "maybe", "late"),
             ("TORCH_UVM_SIM_CONCURRENT", "yes", "0 or 1"),
+            ("TORCH_UVM_SIM_PAGE", "5000", "4KiB to 64KiB"),
             ("TORCH_UVM_SIM_FAIL", "cudaMango=2", "NAME[@n[+]]=ERROR"),
             ("TORCH_UVM_SIM_FAIL", "cudaMalloc@x=2", "NAME[@n[+]]=ERROR"),
             ("TORCH_UVM_SIM_FAIL", "cudaMalloc@1=12345", "NAME[@n[+]]=ERROR"),

@@ -4,7 +4,7 @@ use crate::capture::{Capture, Exec, Graph};
 use crate::error::{Code, Fail, SimError, SimResult, Step, fail};
 use crate::event::EventState;
 use crate::fault::{EntryPoint, Faults};
-use crate::memory::{PAGE, Zone};
+use crate::memory::{self, Zone};
 use crate::physical::Physical;
 use crate::profile::{Config, Costs, GIB, Schedule};
 use crate::stream::{Key, Mark, StreamState};
@@ -90,15 +90,16 @@ pub(crate) struct Zones {
 }
 
 impl Zones {
-    fn new(machine_bytes: u64) -> Zones {
+    fn new(machine_bytes: u64, host_page: u64) -> Zones {
+        let page = host_page.max(memory::page());
         // Room for the whole machine several times over, so that freed addresses come back late.
         let room = (2 * machine_bytes).max(64 * GIB);
         Zones {
-            managed: Zone::new(crate::managed::PAGE, room),
-            managed_small: Zone::new(PAGE, 4 * GIB),
-            device: Zone::shared(crate::managed::PAGE, room),
-            device_small: Zone::shared(PAGE, 4 * GIB),
-            pinned: Zone::new(PAGE, 64 * GIB),
+            managed: Zone::new(crate::managed::PAGE, page, room),
+            managed_small: Zone::new(page, page, 4 * GIB),
+            device: Zone::shared(crate::managed::PAGE, page, room),
+            device_small: Zone::shared(page, page, 4 * GIB),
+            pinned: Zone::new(page, page, 64 * GIB),
         }
     }
 
@@ -168,7 +169,7 @@ impl State {
         let physical = Physical::new(&config);
         let machine = config.profile.device_memory * config.devices as u64 + config.profile.host_memory;
         let mut state = State {
-            zones: Zones::new(machine),
+            zones: Zones::new(machine, config.profile.host_page),
             allocations: BTreeMap::new(),
             host_allocations: BTreeMap::new(),
             physical,

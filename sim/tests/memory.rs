@@ -356,6 +356,38 @@ fn rows_are_copied() {
     assert!(m.memcpy_2d_async(0, d.0, source.as_ptr() as u64, bad, CopyKind::HostToDevice, Stream(0)).is_err());
 }
 
+/// Memory of less than 2 MiB lies on pages of its own, whatever the host's page: what becomes of one allocation does not
+/// touch its neighbours.
+#[test]
+fn hosts_with_large_pages() {
+    for page in [4 << 10, 64 << 10] {
+        let m = Machine::new(Config::small_gh200().host_page(page));
+        let bytes = 96 << 10;
+        let managed = [(); 3].map(|()| m.alloc_managed(0, bytes).unwrap());
+        let device = [(); 3].map(|()| m.alloc_device(0, bytes).unwrap());
+        for [left, middle, right] in [managed, device] {
+            for (ptr, value) in [(left, 1), (middle, 2), (right, 3)] {
+                assert_eq!(ptr.0 % page, 0);
+                m.memset_async(0, ptr.0, value, 1, bytes, Stream(0)).unwrap();
+            }
+            // From the middle of one page to the middle of the next: with pages of 64 KiB there is no whole one between.
+            m.memset_async(0, middle.0 + (24 << 10), 0, 1, 64 << 10, Stream(0)).unwrap();
+            m.stream_synchronize(0, Stream(0)).unwrap();
+            let read = |ptr: DevicePtr, offset: u64| {
+                let mut out = [0];
+                m.read(0, ptr.offset(offset), &mut out).unwrap();
+                out[0]
+            };
+            let end = bytes - 1;
+            assert_eq!([read(left, end), read(middle, 0), read(middle, end), read(right, 0)], [1, 2, 2, 3]);
+            assert_eq!([(24 << 10) - 1, 24 << 10, (88 << 10) - 1, 88 << 10].map(|at| read(middle, at)), [2, 0, 0, 2]);
+            m.free(0, middle).unwrap();
+            assert_eq!([read(left, end), read(right, 0)], [1, 3]);
+        }
+        m.check_books().unwrap();
+    }
+}
+
 /// A little of everything through the [`Driver`] face; cleans up after itself whatever fails.
 fn scenario(d: &SimDriver) -> torch_uvm::driver::Result<()> {
     let stream = d.stream_create(0)?;
