@@ -12,6 +12,7 @@
 #   TORCH_UVM_CXX11_ABI      libstdc++'s ABI flag, 0 or 1; else found by compiling with CMAKE_CXX_FLAGS
 #   TORCH_UVM_CARGO          cargo; else found in PATH and in ~/.cargo/bin
 #   TORCH_UVM_CARGO_DIR      where cargo builds; else torch_uvm in the build directory
+#   TORCH_UVM_CARGO_TARGET   the machine to build for, as Rust calls it; else this one. CMAKE_CXX_COMPILER compiles for it
 
 get_filename_component(TORCH_UVM_ROOT "${CMAKE_CURRENT_LIST_DIR}" DIRECTORY)
 
@@ -70,7 +71,16 @@ function(_torch_uvm_rust cxx11_abi cxx_standard target_result library_result hea
   endif()
   set(cargo_dir "${TORCH_UVM_CARGO_DIR}/abi${cxx11_abi}")
   set(header_dir "${cargo_dir}/include")
-  set(library "${cargo_dir}/release/libtorch_uvm.a")
+  # What is for another machine is named by its triple: for this one run the build scripts, whose compilers stay.
+  set(for_target)
+  set(suffix)
+  set(results "${cargo_dir}")
+  if(TORCH_UVM_CARGO_TARGET)
+    set(for_target --target "${TORCH_UVM_CARGO_TARGET}")
+    set(suffix "_${TORCH_UVM_CARGO_TARGET}")
+    set(results "${cargo_dir}/${TORCH_UVM_CARGO_TARGET}")
+  endif()
+  set(library "${results}/release/libtorch_uvm.a")
   # The cxx crate's own C++ is compiled by its own build script, which takes flags from CXXFLAGS only.
   set(cxx_flags "-D_GLIBCXX_USE_CXX11_ABI=${cxx11_abi} -fPIC -fvisibility=hidden")
   if(NOT TARGET ${target})
@@ -82,9 +92,9 @@ function(_torch_uvm_rust cxx11_abi cxx_standard target_result library_result hea
             "TORCH_UVM_CXX11_ABI=${cxx11_abi}"
             "TORCH_UVM_CXX_STANDARD=${cxx_standard}"
             "TORCH_UVM_HEADER_DIR=${header_dir}"
-            "CXX=${CMAKE_CXX_COMPILER}"
-            "CXXFLAGS=${cxx_flags}"
-            ${TORCH_UVM_CARGO} build --release --lib --locked --features bridge
+            "CXX${suffix}=${CMAKE_CXX_COMPILER}"
+            "CXXFLAGS${suffix}=${cxx_flags}"
+            ${TORCH_UVM_CARGO} build --release --lib --locked --features bridge ${for_target}
             --manifest-path "${TORCH_UVM_ROOT}/Cargo.toml" --target-dir "${cargo_dir}"
         BYPRODUCTS "${library}" "${header_dir}/torch_uvm/bridge.rs.h" "${header_dir}/rust/cxx.h"
         COMMENT "Building the uvm allocator (Rust, CXX11_ABI=${cxx11_abi})"

@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use crate::fingerprint::{Fingerprint, Stamp};
+use crate::manylinux;
 use crate::paths::{self, shown};
 use crate::pins::CudaHeaders;
 use crate::process;
 use crate::python::{self, Venv};
 use crate::step::Step;
+use crate::toolchain::Machine;
 
 /// Where the CUDA headers and the runtime library to link against are.
 pub struct Cuda {
@@ -20,8 +22,10 @@ pub struct Cuda {
 
 impl Cuda {
     /// The headers and the library of `pinned`; fetched if they are not there.
-    pub fn fetch(step: &Step, venv: &Venv, pinned: &CudaHeaders) -> Result<Self> {
-        let folder = paths::target().join(format!("cuda/{}", pinned.major));
+    pub fn fetch(step: &Step, venv: &Venv, pinned: &CudaHeaders, machine: Machine) -> Result<Self> {
+        let own = machine == Machine::own()?;
+        let name = if own { pinned.major.to_string() } else { format!("{}-{}", pinned.major, machine.name()) };
+        let folder = paths::target().join("cuda").join(name);
         let inputs = pinned
             .packages
             .iter()
@@ -46,6 +50,7 @@ impl Cuda {
                     "--quiet",
                     "--no-compile",
                 ])
+                .args(if own { Vec::new() } else { platforms(machine) })
                 .arg("--target")
                 .arg(&folder)
                 .arg("--requirement")
@@ -81,6 +86,14 @@ impl Cuda {
         let folders: Vec<_> = self.include.iter().map(|folder| folder.to_string_lossy()).collect();
         folders.join(";")
     }
+}
+
+/// pip's options for a machine that is not this one. pip knows no order of platforms: each tag that a package may have is
+/// named.
+fn platforms(machine: Machine) -> Vec<String> {
+    let newer = (17..=28).map(|minor| manylinux::platform((2, minor), machine.name()));
+    let tags = ["manylinux2014"].map(|name| format!("{name}_{}", machine.name())).into_iter().chain(newer);
+    tags.flat_map(|tag| ["--platform".to_owned(), tag]).collect()
 }
 
 #[cfg(test)]

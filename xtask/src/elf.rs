@@ -5,8 +5,11 @@ use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use object::elf::{DT_NEEDED, DT_RPATH, DT_RUNPATH, DT_SONAME, FileHeader64, STB_GNU_UNIQUE, STT_OBJECT, STT_TLS};
-use object::read::elf::{Dyn, ElfFile};
+use object::elf::{
+    DT_NEEDED, DT_RPATH, DT_RUNPATH, DT_SONAME, FileHeader64, PT_LOAD, ProgramHeader64, STB_GNU_UNIQUE, STT_OBJECT,
+    STT_TLS,
+};
+use object::read::elf::{Dyn, ElfFile, ProgramHeader};
 use object::{Endianness, Object, ObjectSymbol, ReadCache};
 
 /// A shared library's dynamic symbols, the libraries and symbol versions it needs, and its run path.
@@ -24,6 +27,8 @@ pub struct Library {
     pub soname: String,
     /// The folders in which it looks for its libraries, joined by colons.
     pub run_path: String,
+    /// The least alignment of a segment that is loaded, in bytes: kernels with larger pages cannot map it.
+    pub alignment: u64,
 }
 
 impl Library {
@@ -37,7 +42,7 @@ impl Library {
     fn parse(data: &ReadCache<File>) -> Result<Self> {
         let elf = ElfFile::<FileHeader64<Endianness>, _>::parse(data)?;
         let endian = elf.endian();
-        let mut library = Self::default();
+        let mut library = Self { alignment: alignment(&elf)?, ..Self::default() };
         for symbol in elf.dynamic_symbols() {
             let name = symbol.name()?;
             if name.is_empty() {
@@ -86,6 +91,19 @@ impl Library {
         Ok(library)
     }
 
+    /// An error unless it can be loaded by a kernel whose pages are of `page` bytes.
+    pub fn check_alignment(&self, page: u64) -> Result<()> {
+        if self.alignment < page {
+            bail!(
+                "its segments are aligned to {} KiB, and kernels with pages of {} KiB cannot map it: link it with \
+                 -Wl,-z,max-page-size={page}",
+                self.alignment >> 10,
+                page >> 10
+            );
+        }
+        Ok(())
+    }
+
     /// The newest version needed under `prefix` (`GLIBC_`, `GLIBCXX_`), as numbers.
     pub fn newest_needed(&self, prefix: &str) -> Option<Vec<u32>> {
         newest(self.needed_versions.iter().map(String::as_str), prefix)
@@ -109,6 +127,19 @@ impl Library {
             (false, false) => bail!("none of its functions takes a std::string, so its libstdc++ ABI cannot be told"),
         }
     }
+}
+
+/// The largest power of two to which all loaded segments are aligned, as they say and as they lie: an address and its place
+/// in the file must differ by whole pages.
+fn alignment<'a>(elf: &ElfFile<'a, FileHeader64<Endianness>, &'a ReadCache<File>>) -> Result<u64> {
+    let endian = elf.endian();
+    let loaded = elf.elf_program_headers().iter().filter(|segment| segment.p_type(endian) == PT_LOAD);
+    let aligned = |segment: &ProgramHeader64<Endianness>| {
+        let apart = segment.p_vaddr(endian).abs_diff(segment.p_offset(endian));
+        let lies = if apart == 0 { u64::MAX } else { 1 << apart.trailing_zeros() };
+        segment.p_align(endian).min(lies)
+    };
+    loaded.map(aligned).min().context("it has no segment that is loaded")
 }
 
 /// What kind of thing a symbol names.
@@ -228,5 +259,23 @@ mod tests {
         assert_eq!(read.run_path, "$ORIGIN/x:$ORIGIN");
         assert!(read.newest_needed("GLIBC_").is_some());
         assert!(Library::read(&source).is_err());
+    }
+
+    #[test]
+    fn alignment_is_that_of_the_worst_segment() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("a.c");
+        std::fs::write(&source, "int changes = 1; int ours(void) { return changes; }\n").unwrap();
+        for (page, fits) in [(4 << 10, false), (64 << 10, true)] {
+            let library = folder.path().join("liba.so");
+            let cc = std::process::Command::new("cc")
+                .args(["-shared", "-fPIC", &format!("-Wl,-z,max-page-size={page}"), "-o"])
+                .args([&library, &source])
+                .status();
+            assert!(cc.unwrap().success());
+            let read = Library::read(&library).unwrap();
+            assert_eq!(read.alignment, page);
+            assert_eq!(read.check_alignment(64 << 10).is_ok(), fits);
+        }
     }
 }

@@ -30,6 +30,7 @@ mod sim;
 mod source;
 mod step;
 mod test;
+mod toolchain;
 mod tools;
 mod tree;
 mod wheel;
@@ -127,6 +128,9 @@ struct PluginArguments {
     /// Only the library for this version of PyTorch (2.11 or 2.11.0); may be given more than once [default: all].
     #[arg(long = "torch", value_name = "VERSION")]
     versions: Vec<String>,
+    /// The machine it is for [default: this one]; for another one cross compilers are needed.
+    #[arg(long, value_enum)]
+    machine: Option<toolchain::Machine>,
     /// Where the wheel goes [default: target/wheels].
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -169,8 +173,9 @@ fn make_wheel(arguments: WheelArguments) -> Result<ExitCode> {
 }
 
 fn make_plugin(arguments: PluginArguments) -> Result<ExitCode> {
-    let releases = plugin::releases(&arguments.versions, plugin::machine())?;
+    let machine = arguments.machine.map_or_else(toolchain::Machine::own, Ok)?;
+    let releases = plugin::releases(&arguments.versions, machine.name())?;
     let _lock = lock::Lock::take()?;
-    plugin::make(&releases, &arguments.out.unwrap_or_else(paths::wheels))?;
+    plugin::make_with(&toolchain::Toolchain::of(machine)?, &releases, &arguments.out.unwrap_or_else(paths::wheels))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -9,13 +9,12 @@
 //! may come from its static library, as in Red Hat's toolsets, and of glibc from `cmake/plugin/glibc.cpp`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::env;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::elf::{self, Definition, Kind, Library};
 use crate::fingerprint::{Fingerprint, Stamp};
@@ -23,7 +22,7 @@ use crate::manylinux::{self, Glibc, Limits};
 use crate::paths::shown;
 use crate::process;
 use crate::step::Step;
-use crate::tools;
+use crate::toolchain::{Machine, Toolchain};
 
 /// What stands in for the compiler's own choice of libraries.
 pub struct PlatformLibraries {
@@ -39,18 +38,17 @@ const LIBC: &str = "libc.so.6";
 const OTHERS: [&str; 2] = ["libm.so.6", "libgcc_s.so.1"];
 
 /// Makes the stand-ins in `folder`; what is there already is kept.
-pub fn prepare(step: &Step, folder: &Path, glibc: Glibc, machine: &str) -> Result<PlatformLibraries> {
+pub fn prepare(step: &Step, folder: &Path, glibc: Glibc, toolchain: &Toolchain) -> Result<PlatformLibraries> {
     let limits = Limits::of(glibc)?;
-    let loader = match machine {
-        "x86_64" => "ld-linux-x86-64.so.2",
-        "aarch64" => "ld-linux-aarch64.so.1",
-        _ => bail!("the dynamic linker of {machine} is not known here"),
+    let loader = match toolchain.machine {
+        Machine::X86_64 => "ld-linux-x86-64.so.2",
+        Machine::Aarch64 => "ld-linux-aarch64.so.1",
     };
     let mut originals = Vec::new();
     for name in [LIBSTDCXX, LIBC, loader].iter().chain(&OTHERS) {
-        originals.push(compilers_file(name)?);
+        originals.push(compilers_file(toolchain, name)?);
     }
-    let archives = (compilers_file("libstdc++.a")?, compilers_file("libgcc.a")?);
+    let archives = (compilers_file(toolchain, "libstdc++.a")?, compilers_file(toolchain, "libgcc.a")?);
 
     let mut inputs = Fingerprint::new("platform libraries 1").value("limits", &format!("{limits:?}"));
     for original in &originals {
@@ -68,7 +66,7 @@ pub fn prepare(step: &Step, folder: &Path, glibc: Glibc, machine: &str) -> Resul
         for original in &originals {
             let soname = Library::read(original)?.soname;
             for (name, symbols) in split(&soname, choose(elf::definitions(original)?, &limits)) {
-                make(&folder.join(&name), &name, &symbols)?;
+                make(toolchain, &folder.join(&name), &name, &symbols)?;
             }
         }
         stamp.write()?;
@@ -87,9 +85,9 @@ pub fn prepare(step: &Step, folder: &Path, glibc: Glibc, machine: &str) -> Resul
 }
 
 /// Where the compiler finds a library.
-pub fn compilers_file(name: &str) -> Result<PathBuf> {
-    let compiler = env::var_os("CXX").unwrap_or_else(|| tools::CXX.program.into());
-    let answer = process::capture(Command::new(&compiler).arg(format!("-print-file-name={name}")))?;
+pub fn compilers_file(toolchain: &Toolchain, name: &str) -> Result<PathBuf> {
+    let compiler = toolchain.cxx();
+    let answer = process::capture(Command::new(compiler).arg(format!("-print-file-name={name}")))?;
     let path = PathBuf::from(answer.trim());
     // A file it does not find it answers with the bare name.
     ensure!(path.is_absolute() && path.exists(), "{} finds no {name}", compiler.to_string_lossy());
@@ -148,7 +146,7 @@ fn split(soname: &str, symbols: Vec<Chosen>) -> BTreeMap<String, Vec<Definition>
 }
 
 /// Links a library without code that defines the symbols.
-fn make(library: &Path, soname: &str, symbols: &[Definition]) -> Result<()> {
+fn make(toolchain: &Toolchain, library: &Path, soname: &str, symbols: &[Definition]) -> Result<()> {
     let write = |extension: &str, text: String| -> Result<PathBuf> {
         let file = library.with_added_extension(extension);
         fs::write(&file, text).with_context(|| format!("cannot write {}", shown(&file)))?;
@@ -156,8 +154,7 @@ fn make(library: &Path, soname: &str, symbols: &[Definition]) -> Result<()> {
     };
     let source = write("s", assembly(symbols))?;
     let versions = write("map", version_script(symbols))?;
-    let compiler = env::var_os("CXX").unwrap_or_else(|| tools::CXX.program.into());
-    let mut command = Command::new(compiler);
+    let mut command = Command::new(toolchain.cxx());
     command.args(["-shared", "-nostdlib", "-o"]).arg(library).arg(&source);
     command.arg(format!("-Wl,-soname,{soname}")).arg(format!("-Wl,--version-script={}", versions.display()));
     process::capture(&mut command).with_context(|| format!("cannot make a stand-in for {soname}"))?;
@@ -242,10 +239,10 @@ mod tests {
     #[test]
     fn linking_keeps_to_the_platform() {
         let folder = tempfile::tempdir().unwrap();
-        let machine = env::consts::ARCH;
+        let toolchain = Toolchain::native().unwrap();
         let steps = crate::step::Steps::new("test");
         let libraries =
-            steps.run("stand-ins", |step| prepare(step, &folder.path().join("lib"), (2, 28), machine)).unwrap();
+            steps.run("stand-ins", |step| prepare(step, &folder.path().join("lib"), (2, 28), &toolchain)).unwrap();
         let link = |source: &str| {
             let file = folder.path().join("a.cpp");
             fs::write(&file, source).unwrap();

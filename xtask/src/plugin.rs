@@ -29,7 +29,7 @@ use crate::python::{Python, Venv};
 use crate::repack::WheelName;
 use crate::shipped_simulator;
 use crate::step::{Step, Steps};
-use crate::tools;
+use crate::toolchain::{Machine, Toolchain};
 use crate::tree;
 
 /// The platform that PyTorch's own wheels ask for since 2.7: nobody who can have PyTorch is left out.
@@ -38,23 +38,30 @@ const PACKAGE: &str = "torch_uvm";
 /// PyTorch calls the function at the end of `import torch`.
 const ENTRY_POINTS: &str = "[torch.backends]\ntorch_uvm = torch_uvm._activate:autoload\n";
 
-/// Makes the wheel in the folder `out`, with a library for each of the releases. What did not change is kept.
+/// Makes the wheel for this machine in the folder `out`; see [`make_with`].
 pub fn make(releases: &[&'static PluginRelease], out: &Path) -> Result<PathBuf> {
-    tools::require(&tools::for_plugin())?;
-    if std::env::var_os("CC").is_none() {
-        tools::require(&[tools::CC])?;
-    }
-    let python = Python::find(None)?;
-    let machine = python.machine.as_str();
-    let steps = Steps::new("plugin");
-    let folder = paths::target().join("plugin");
+    make_with(&Toolchain::native()?, releases, out)
+}
 
+/// Makes the wheel for the toolchain's machine in the folder `out`, with a library for each of the releases. What did not
+/// change is kept.
+pub fn make_with(toolchain: &Toolchain, releases: &[&'static PluginRelease], out: &Path) -> Result<PathBuf> {
+    toolchain.require()?;
+    let python = Python::find(None)?;
+    let machine = toolchain.machine.name();
+    let steps = Steps::new("plugin");
+    let folder = toolchain.folder("plugin");
+
+    if toolchain.cross {
+        let triple = toolchain.machine.triple();
+        steps.run(format!("find Rust's standard library for {triple}"), |step| toolchain.prepare_rust(step))?;
+    }
     let venv = steps.run("prepare pip, CMake and Ninja", |step| build_tools::prepare(step, &python))?;
     let mut cuda = BTreeMap::new();
     for release in releases {
         let major = release.cuda.major;
         if let Entry::Vacant(entry) = cuda.entry(major) {
-            let fetch = |step: &Step| Cuda::fetch(step, &venv, release.cuda);
+            let fetch = |step: &Step| Cuda::fetch(step, &venv, release.cuda, toolchain.machine);
             entry.insert(steps.run(format!("fetch the headers of CUDA {major}"), fetch)?);
         }
     }
@@ -69,22 +76,23 @@ pub fn make(releases: &[&'static PluginRelease], out: &Path) -> Result<PathBuf> 
         libraries.push(Plan { release, number, torch, cuda: &cuda[&release.cuda.major] });
     }
     let platform = steps.run(format!("make what {} has to link against", manylinux::platform(PLATFORM, machine)), {
-        |step| platform_libraries::prepare(step, &folder.join("platform"), PLATFORM, machine)
+        |step| platform_libraries::prepare(step, &folder.join("platform"), PLATFORM, toolchain)
     })?;
     let build = folder.join("build");
-    steps.run("compile the libraries", |step| compile(step, &libraries, &venv, &platform, &build))?;
+    steps.run("compile the libraries", |step| compile(step, toolchain, &libraries, &venv, &platform, &build))?;
     steps.run("check the libraries", |step| {
         libraries.iter().try_for_each(|plan| {
             let library = plan.result(&build);
-            check(step, plan, &library, &platform).with_context(|| format!("{} cannot be used", shown(&library)))
+            check(step, toolchain.machine, plan, &library, &platform)
+                .with_context(|| format!("{} cannot be used", shown(&library)))
         })
     })?;
     let simulator = steps.run("compile the simulated CUDA libraries", |step| {
-        shipped_simulator::build(step, &folder.join("simulator"), &platform)
+        shipped_simulator::build(step, toolchain, &folder.join("simulator"), &platform)
     })?;
     steps.run("check the simulated CUDA libraries", |step| {
         simulator.iter().try_for_each(|file| {
-            shipped_simulator::check(step, file, &platform, PLATFORM)
+            shipped_simulator::check(step, toolchain.machine, file, &platform, PLATFORM)
                 .with_context(|| format!("{} cannot be used", shown(file)))
         })
     })?;
@@ -110,7 +118,7 @@ pub fn releases(named: &[String], machine: &str) -> Result<Vec<&'static PluginRe
     numbers.iter().map(find).collect()
 }
 
-/// The machine that this program runs on, as `uname -m` calls it: there is no cross-compiling.
+/// The machine that this program runs on, as `uname -m` calls it.
 pub fn machine() -> &'static str {
     std::env::consts::ARCH
 }
@@ -149,7 +157,14 @@ impl Plan<'_> {
     }
 }
 
-fn compile(step: &Step, plans: &[Plan], venv: &Venv, platform: &PlatformLibraries, build: &Path) -> Result<()> {
+fn compile(
+    step: &Step,
+    toolchain: &Toolchain,
+    plans: &[Plan],
+    venv: &Venv,
+    platform: &PlatformLibraries,
+    build: &Path,
+) -> Result<()> {
     let sums = || -> Vec<_> { plans.iter().map(|plan| sha256_of(&plan.result(build)).ok()).collect() };
     let before = sums();
     let numbers: Vec<_> = plans.iter().map(|plan| plan.number.to_string()).collect();
@@ -161,9 +176,10 @@ fn compile(step: &Step, plans: &[Plan], venv: &Venv, platform: &PlatformLibrarie
         .arg("-B")
         .arg(build)
         .arg(format!("-DCMAKE_MAKE_PROGRAM={}", venv.program("ninja").display()))
-        .arg(format!("-DTORCH_UVM_CARGO_DIR={}", paths::bridge().display()))
+        .arg(format!("-DTORCH_UVM_CARGO_DIR={}", toolchain.folder("bridge").display()))
         .arg(format!("-DPLUGIN_VERSIONS={}", numbers.join(";")))
-        .arg(format!("-DPLUGIN_SYSTEM_LIBRARIES={}", system.join(";")));
+        .arg(format!("-DPLUGIN_SYSTEM_LIBRARIES={}", system.join(";")))
+        .args(toolchain.definitions());
     for plan in plans {
         configure.args(plan.definitions()?);
     }
@@ -178,7 +194,7 @@ fn compile(step: &Step, plans: &[Plan], venv: &Venv, platform: &PlatformLibrarie
 }
 
 /// An error unless the library runs wherever [`PLATFORM`] does, beside the PyTorch it is for, and leaks nothing.
-fn check(step: &Step, plan: &Plan, library: &Path, platform: &PlatformLibraries) -> Result<()> {
+fn check(step: &Step, machine: Machine, plan: &Plan, library: &Path, platform: &PlatformLibraries) -> Result<()> {
     let ours = Library::read(library)?;
     c_api::check(&ours, c_api::Home::PlugIn)?;
     let leaks: Vec<_> =
@@ -195,6 +211,7 @@ fn check(step: &Step, plan: &Plan, library: &Path, platform: &PlatformLibraries)
         ensure!(known, "it needs {name}, which a PyTorch process may not have");
     }
     ensure!(ours.run_path.is_empty(), "it looks for its libraries in {}", ours.run_path);
+    ours.check_alignment(machine.largest_page())?;
 
     let oldest = manylinux::oldest_glibc(&ours)?;
     let newest = |prefix| ours.newest_needed(prefix).unwrap_or_default().iter().map(u32::to_string).collect::<Vec<_>>();
@@ -210,7 +227,13 @@ fn check(step: &Step, plan: &Plan, library: &Path, platform: &PlatformLibraries)
         );
     }
     let size = fs::metadata(library).with_context(|| format!("cannot read {}", shown(library)))?.len();
-    step.note(format_args!("{}: {:.2} MB, needs {}", plan.file_name(), size as f64 / 1e6, needs.join(", ")));
+    step.note(format_args!(
+        "{}: {:.2} MB, needs {}, segments aligned to {} KiB",
+        plan.file_name(),
+        size as f64 / 1e6,
+        needs.join(", "),
+        ours.alignment >> 10
+    ));
     Ok(())
 }
 

@@ -16,13 +16,13 @@ use crate::platform_libraries::{self, PlatformLibraries};
 use crate::process;
 use crate::sim::{self, libraries};
 use crate::step::Step;
-use crate::tools;
+use crate::toolchain::{Machine, Toolchain};
 
 /// Another name for `libcuda.so.1`. A wheel holds no links, so it is a copy there; the loader takes no harm from it.
 const ALIAS: &str = "libcuda.so";
 
 /// Builds the libraries in `folder`; what is there already is kept. The files that the wheel is to carry.
-pub fn build(step: &Step, folder: &Path, platform: &PlatformLibraries) -> Result<Vec<PathBuf>> {
+pub fn build(step: &Step, toolchain: &Toolchain, folder: &Path, platform: &PlatformLibraries) -> Result<Vec<PathBuf>> {
     let out = folder.join("lib");
     let files: Vec<_> =
         [libraries::ENGINE, ALIAS].iter().chain(&libraries::STAND_INS).map(|name| out.join(name)).collect();
@@ -31,9 +31,8 @@ pub fn build(step: &Step, folder: &Path, platform: &PlatformLibraries) -> Result
     let by_name = folder.join("link");
     link_names(&by_name, platform)?;
     let missing = folder.join("glibc.o");
-    let compiler = std::env::var_os("CXX").unwrap_or_else(|| tools::CXX.program.into());
     process::run(
-        Command::new(compiler)
+        Command::new(toolchain.cxx())
             .args(["-c", "-O2", "-fPIC", "-o"])
             .arg(&missing)
             .arg(paths::root().join("cmake/plugin/glibc.cpp")),
@@ -41,17 +40,20 @@ pub fn build(step: &Step, folder: &Path, platform: &PlatformLibraries) -> Result
     // rustc names the system's libraries itself, without their folders: the first folder that has one decides.
     let loader = platform.link.iter().filter(|file| name(file).starts_with("ld-linux"));
     // `atexit` and `pthread_atfork` are no functions of libc: each library has its own.
-    let own = platform_libraries::compilers_file("libc_nonshared.a")?;
+    let own = platform_libraries::compilers_file(toolchain, "libc_nonshared.a")?;
     let mut cargo = Command::new(sim::cargo());
     cargo.args(["rustc", "--profile", sim::PROFILE, "--package", "torch-uvm-sim-capi", "--lib", "--target-dir"]);
-    cargo.arg(folder.join("cargo")).args(["--", "-C", "strip=symbols", "-C", "link-arg=-Wl,-z,defs", "-C"]);
+    let target = folder.join("cargo");
+    cargo.arg(&target);
+    toolchain.apply(&mut cargo);
+    cargo.args(["--", "-C", "strip=symbols", "-C", "link-arg=-Wl,-z,defs", "-C"]);
     cargo.arg(format!("link-arg=-L{}", by_name.display()));
     for file in loader.chain([&missing, &own]) {
         cargo.arg("-C").arg(format!("link-arg={}", file.display()));
     }
     process::run(cargo.current_dir(paths::root()))?;
-    let engine = folder.join("cargo").join(sim::PROFILE).join(libraries::ENGINE);
-    libraries::assemble(&engine, &paths::root().join("sim/capi/stubs"), &out)
+    let engine = toolchain.results(&target).join(sim::PROFILE).join(libraries::ENGINE);
+    libraries::assemble(toolchain.cc(), &engine, &paths::root().join("sim/capi/stubs"), &out)
         .with_context(|| format!("cannot make the stand-ins for CUDA's libraries in {}", shown(&out)))?;
     if before == sums() {
         step.up_to_date();
@@ -80,13 +82,14 @@ fn name(file: &Path) -> String {
 }
 
 /// An error unless a library runs wherever `newest` does, and finds the others beside it.
-pub fn check(step: &Step, file: &Path, platform: &PlatformLibraries, newest: Glibc) -> Result<()> {
+pub fn check(step: &Step, machine: Machine, file: &Path, platform: &PlatformLibraries, newest: Glibc) -> Result<()> {
     let ours = Library::read(file)?;
     for needed in &ours.needed {
         ensure!(platform.sonames.contains(needed) || needed == libraries::ENGINE, "it needs {needed}");
     }
     let run_path = if name(file) == libraries::ENGINE { "" } else { "$ORIGIN" };
     ensure!(ours.run_path == run_path, "it looks for its libraries in {:?}, not {run_path:?}", ours.run_path);
+    ours.check_alignment(machine.largest_page())?;
     let oldest = manylinux::oldest_glibc(&ours)?;
     if oldest > newest {
         bail!("it needs glibc {}.{}, newer than {}.{}", oldest.0, oldest.1, newest.0, newest.1);

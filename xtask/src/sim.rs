@@ -15,6 +15,7 @@ use crate::lock::Lock;
 use crate::paths::{self, shown};
 use crate::process;
 use crate::step::{Step, Steps};
+use crate::toolchain::Toolchain;
 use crate::tools;
 use crate::tree;
 
@@ -135,7 +136,7 @@ fn build(step: &Step) -> Result<Simulator> {
         step.up_to_date();
     } else {
         stamp.clear()?;
-        libraries::assemble(&engine, &sources, &folder)
+        libraries::assemble(Toolchain::native()?.cc(), &engine, &sources, &folder)
             .with_context(|| format!("cannot make the stand-ins for CUDA's libraries in {}", shown(&folder)))?;
         stamp.write()?;
     }

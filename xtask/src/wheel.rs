@@ -30,6 +30,7 @@ use crate::python::{Python, Venv};
 use crate::repack::{self, WheelName};
 use crate::source;
 use crate::step::{Step, Steps};
+use crate::toolchain::Machine;
 use crate::tools;
 use crate::tree;
 
@@ -116,7 +117,7 @@ pub fn make(request: &Request) -> Result<Overlay> {
     let source = source::fetch(&steps, release, request.source.as_deref())?;
     let users = steps
         .run("unpack headers and libraries of the official wheel", |step| unpack_official(step, &official, &folders))?;
-    let cuda = steps.run("fetch the CUDA headers", |step| Cuda::fetch(step, &venv, release.cuda))?;
+    let cuda = steps.run("fetch the CUDA headers", |step| Cuda::fetch(step, &venv, release.cuda, Machine::own()?))?;
     steps.run(if request.unpatched { "copy the sources" } else { "patch the sources" }, |step| {
         prepare_sources(step, request, &source, &folders)
     })?;

@@ -6,7 +6,7 @@
 //! of the same SONAME that is loaded already: so the stand-ins are preloaded.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
@@ -20,8 +20,8 @@ pub const ENGINE: &str = "libtorch_uvm_sim_capi.so";
 pub const STAND_INS: [&str; 4] = ["libcudart.so.12", "libcudart.so.13", "libcuda.so.1", "libnvidia-ml.so.1"];
 
 /// Copies the engine `cdylib` into the folder `out` and links the stand-ins beside it from the sources in `stubs`
-/// (`sim/capi/stubs`). Uses the C compiler that `CC` names, else `cc`.
-pub fn assemble(cdylib: &Path, stubs: &Path, out: &Path) -> io::Result<()> {
+/// (`sim/capi/stubs`) with the C compiler `compiler`.
+pub fn assemble(compiler: &OsStr, cdylib: &Path, stubs: &Path, out: &Path) -> io::Result<()> {
     fs::create_dir_all(out)?;
     let engine = out.join(ENGINE);
     // A new file rather than an overwritten one: a program that still runs on the old one keeps it.
@@ -30,7 +30,7 @@ pub fn assemble(cdylib: &Path, stubs: &Path, out: &Path) -> io::Result<()> {
     fs::rename(&fresh, &engine)?;
     for name in STAND_INS {
         let fresh = out.join(format!("{name}.new"));
-        let mut command = Command::new(env::var_os("CC").unwrap_or_else(|| "cc".into()));
+        let mut command = Command::new(compiler);
         command
             .args(["-shared", "-fPIC", "-O2", "-o"])
             .arg(&fresh)
