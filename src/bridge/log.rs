@@ -23,17 +23,28 @@ pub(super) fn start() -> Result<()> {
     Ok(())
 }
 
-/// What a value lets through.
+/// What a value lets through. White space around levels and modules is dropped.
 fn filter(wanted: &str) -> Result<Targets> {
-    // A word that is no level would be taken for the name of a module.
-    let known = wanted.split(',').all(|item| item.contains('=') || LevelFilter::from_str(item.trim()).is_ok());
-    let parsed = Targets::from_str(wanted).ok().filter(|_| known);
-    parsed.ok_or_else(|| {
+    let items: Option<Vec<String>> = wanted.split(',').map(|item| directive(item.trim())).collect();
+    items.and_then(|items| Targets::from_str(&items.join(",")).ok()).ok_or_else(|| {
         Error::InvalidArgument(format!(
             "{VARIABLE}: '{wanted}' is not allowed: expected off, error, warn, info, debug or trace, or levels by module as in \
              warn,torch_uvm::device=debug"
         ))
     })
+}
+
+/// A level, or a module's level, in the words of [`Targets`]; `None` for anything else. `Targets` itself would take nothing
+/// for the level `error`, and a word that is no level for a module whose events all pass.
+fn directive(item: &str) -> Option<String> {
+    let level = |word: &str| LevelFilter::from_str(word).ok().filter(|_| !word.is_empty());
+    match item.split_once('=') {
+        None => level(item).map(|level| level.to_string()),
+        Some((module, word)) => {
+            let module = Some(module.trim_end()).filter(|module| !module.is_empty())?;
+            level(word.trim_start()).map(|level| format!("{module}={level}"))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -46,15 +57,18 @@ mod tests {
         let all = filter("debug").unwrap();
         assert!(all.would_enable("torch_uvm::device", &Level::DEBUG));
         assert!(!all.would_enable("torch_uvm::device", &Level::TRACE));
-        let some = filter("warn, torch_uvm::device=debug").unwrap();
-        assert!(some.would_enable("torch_uvm::device::places", &Level::DEBUG));
-        assert!(!some.would_enable("torch_uvm::bridge", &Level::DEBUG));
+        for wanted in ["warn, torch_uvm::device=debug", " torch_uvm::device = debug ,\twarn\n"] {
+            let some = filter(wanted).unwrap();
+            assert!(some.would_enable("torch_uvm::device::places", &Level::DEBUG), "{wanted}");
+            assert!(some.would_enable("torch_uvm::bridge", &Level::WARN), "{wanted}");
+            assert!(!some.would_enable("torch_uvm::bridge", &Level::INFO), "{wanted}");
+        }
         assert!(!filter("off").unwrap().would_enable("torch_uvm", &Level::ERROR));
     }
 
     #[test]
     fn what_is_no_level_is_refused() {
-        for bad in ["verbose", "torch_uvm=loud", "debug,,"] {
+        for bad in ["verbose", "torch_uvm=loud", "torch_uvm=", "=debug", "debug,,", ",debug", ","] {
             let error = filter(bad).unwrap_err().to_string();
             assert!(error.contains(VARIABLE) && error.contains(bad), "{error}");
         }
