@@ -58,6 +58,14 @@ bool StreamFilter::accepts(std::uint64_t stream) const noexcept {
   });
 }
 
+rust::Vec<rust::String> settings_tokens(rust::Slice<const std::uint8_t> conf) noexcept {
+  rust::Vec<rust::String> tokens;
+  for (const auto& token : torch_uvm::settings_tokens({reinterpret_cast<const char*>(conf.data()), conf.size()})) {
+    tokens.push_back(rust::String::lossy(token));
+  }
+  return tokens;
+}
+
 bool run_free_memory_callbacks() noexcept {
   return guarded("a free-memory callback", false, [] {
     bool freed = false;

@@ -21,7 +21,7 @@ use cxx::{SharedPtr, UniquePtr};
 use failure::{guarded, take_failure};
 use hooks::PyTorch;
 use parking_lot::Mutex;
-use settings::{apply_settings, check_settings, environment, options, without_ours};
+use settings::{apply_settings, check_settings, environment, has_ours, options, without_ours};
 use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
@@ -298,6 +298,7 @@ pub(crate) mod ffi {
         fn environment() -> Environment;
         fn check_settings(conf: &[u8], active: bool) -> bool;
         fn apply_settings(conf: &[u8], native: &NativeSettings) -> bool;
+        fn has_ours(conf: &[u8]) -> bool;
         fn without_ours(conf: &[u8]) -> String;
         fn options(out: &mut String) -> bool;
 
@@ -386,6 +387,8 @@ pub(crate) mod ffi {
         /// Whether allocations on the stream go to the pool that this filter was given with.
         fn accepts(self: &StreamFilter, stream: u64) -> bool;
 
+        /// Cuts a settings string into tokens, as PyTorch does.
+        fn settings_tokens(conf: &[u8]) -> Vec<String>;
         /// Runs FreeCudaMemoryCallbacksRegistry; whether anything was freed.
         fn run_free_memory_callbacks() -> bool;
         /// `c10::getApproximateTime`.

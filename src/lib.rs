@@ -22,6 +22,7 @@ pub mod placement;
 pub mod pools;
 pub mod pressure;
 pub mod segments;
+pub mod settings_string;
 pub mod stats;
 pub mod streams;
 pub mod thread_cache;

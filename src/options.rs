@@ -1,13 +1,11 @@
 //! The allocator's options: our keys in `PYTORCH_CUDA_ALLOC_CONF` (`use_uvm`, `uvm_…`), and those of PyTorch's own
-//! settings that we honour ([`NativeOptions`]).
-//!
-//! PyTorch's settings are `key:value` pairs separated by commas, spaces anywhere being ignored; one of its values
-//! (`roundup_power2_divisions:[256:1,512:2]`) has brackets with commas and colons inside. Our keys never do.
-//! PyTorch's own keys are PyTorch's to check: here they are only stepped over.
+//! settings that we honour ([`NativeOptions`]). How they are found in a settings string is in
+//! [`settings_string`](crate::settings_string).
 
 use crate::error::{Error, Result};
 use crate::segments::LARGE_STEP;
 use std::fmt;
+use std::str::FromStr;
 
 const MIB: u64 = 1 << 20;
 
@@ -88,17 +86,6 @@ impl Default for Options {
     }
 }
 
-/// What stood in a settings string.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Parsed {
-    /// Our options: those given, over those that held before.
-    pub options: Options,
-    /// The value of PyTorch's `backend` key, where it was given.
-    pub backend: Option<String>,
-    /// Our keys that were given, in the order of [`Options::KEYS`].
-    pub given: Vec<&'static str>,
-}
-
 impl Options {
     /// All our keys.
     pub const KEYS: [&'static str; 9] = [
@@ -112,64 +99,6 @@ impl Options {
         "uvm_stage1_threshold",
         "uvm_stage1_min_bytes",
     ];
-
-    /// Whether a key is ours to accept or refuse: `use_uvm`, and whatever starts with `uvm_`.
-    pub fn owns(key: &str) -> bool {
-        key == "use_uvm" || key.starts_with("uvm_")
-    }
-
-    /// Reads our keys out of a whole settings string, the other options being the defaults.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for an unknown `uvm_…` key, a value that is not allowed, or a `backend` beside
-    /// `use_uvm:True`.
-    pub fn parse(conf: &str) -> Result<Parsed> {
-        Self::default().apply(conf)
-    }
-
-    /// Like [`Options::parse`], the other options being these: for settings made at run time.
-    pub fn apply(&self, conf: &str) -> Result<Parsed> {
-        let mut parsed = Parsed { options: self.clone(), backend: None, given: Vec::new() };
-        let conf = without_spaces(conf);
-        let mut given = [false; Self::KEYS.len()];
-        for item in items(&conf) {
-            let (key, value) = item.split_once(':').unwrap_or((item, ""));
-            if Self::owns(key) {
-                parsed.options.set(key, value)?;
-                for (known, given) in Self::KEYS.iter().zip(&mut given) {
-                    *given |= *known == key;
-                }
-            } else if key == "backend" {
-                parsed.backend = Some(value.to_owned());
-            }
-        }
-        parsed.given = Self::KEYS.iter().zip(given).filter_map(|(key, given)| given.then_some(*key)).collect();
-        if let (true, Some(backend)) = (parsed.options.enabled, &parsed.backend) {
-            return Err(two_backends(backend));
-        }
-        Ok(parsed)
-    }
-
-    /// Whether a settings string asks for this allocator. Never fails, so that it can be asked while libraries load,
-    /// where an error would end the process: whatever else is wrong with the string is reported when it is parsed.
-    pub fn wanted(conf: &str) -> Option<bool> {
-        let conf = without_spaces(conf);
-        items(&conf).filter_map(|item| item.strip_prefix("use_uvm:")).last().map(|value| value == "True")
-    }
-
-    /// A settings string without our keys: what PyTorch's own parser may see.
-    pub fn without_ours(conf: &str) -> String {
-        let theirs = |item: &&str| {
-            let item = without_spaces(item);
-            !Self::owns(item.split_once(':').map_or(&*item, |(key, _)| key))
-        };
-        items(conf).filter(theirs).collect::<Vec<_>>().join(",")
-    }
-
-    /// Whether any key of a settings string is ours.
-    pub fn any_in(conf: &str) -> bool {
-        Self::without_ours(conf) != items(conf).collect::<Vec<_>>().join(",")
-    }
 
     /// Sets one option.
     ///
@@ -216,8 +145,22 @@ impl Options {
     }
 }
 
+impl FromStr for Options {
+    type Err = Error;
+
+    /// Reads what [`fmt::Display`] writes: our keys only, and nothing between them but commas.
+    fn from_str(printed: &str) -> Result<Self> {
+        let mut options = Self::default();
+        for item in printed.split(',').filter(|item| !item.is_empty()) {
+            let (key, value) = item.split_once(':').unwrap_or((item, ""));
+            options.set(key, value)?;
+        }
+        Ok(options)
+    }
+}
+
 impl fmt::Display for Options {
-    /// The options as a settings string; [`Options::parse`] reads it back.
+    /// The options as a settings string; [`Options::from_str`] reads it back.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
@@ -272,32 +215,6 @@ impl Default for NativeOptions {
     }
 }
 
-/// PyTorch drops spaces wherever they stand, inside words too; nothing else counts as white space.
-fn without_spaces(conf: &str) -> String {
-    conf.chars().filter(|c| *c != ' ').collect()
-}
-
-/// The `key:value` items of a settings string: what stands between commas that are not inside brackets.
-fn items(conf: &str) -> impl Iterator<Item = &str> {
-    let mut depth = 0_u32;
-    conf.split(move |c| {
-        match c {
-            '[' => depth = depth.saturating_add(1),
-            ']' => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        c == ',' && depth == 0
-    })
-    .filter(|item| !item.is_empty())
-}
-
-/// PyTorch's `backend` key beside `use_uvm:True`.
-pub fn two_backends(backend: &str) -> Error {
-    Error::InvalidArgument(format!(
-        "backend: '{backend}' is not allowed beside use_uvm:True, which chooses the backend 'uvm': leave one of them out"
-    ))
-}
-
 fn refused(key: &str, value: &str, allowed: &str) -> Error {
     Error::InvalidArgument(format!("{key}: '{value}' is not allowed: expected {allowed}"))
 }
@@ -331,32 +248,22 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn message(conf: &str) -> String {
-        match Options::parse(conf) {
+    fn message(printed: &str) -> String {
+        match printed.parse::<Options>() {
             Err(Error::InvalidArgument(message)) => message,
-            other => panic!("{conf}: expected an error, got {other:?}"),
-        }
-    }
-
-    #[test]
-    fn nothing_given_is_the_default() {
-        for conf in ["", ",", "max_split_size_mb:64", "uvm:True,use_uvm2:yes"] {
-            let parsed = Options::parse(conf).unwrap();
-            assert_eq!(parsed.options, Options::default(), "{conf}");
-            assert!(parsed.given.is_empty() && parsed.backend.is_none());
+            other => panic!("{printed}: expected an error, got {other:?}"),
         }
     }
 
     #[test]
     fn every_key_is_read() {
-        let parsed = Options::parse(
-            "use_uvm:True, uvm_oversubscription_ratio:2.5,uvm_access_pattern:cpu_first,uvm_prefetch:False,\
-             uvm_prefetch_threshold_mb:2048,uvm_device_limit_mb:512,uvm_host_reserve_mb:0,uvm_stage1_threshold:0.15,\
-             uvm_stage1_min_bytes:10737418240",
-        )
-        .unwrap();
+        let options: Options = "use_uvm:True,uvm_oversubscription_ratio:2.5,uvm_access_pattern:cpu_first,\
+             uvm_prefetch:False,uvm_prefetch_threshold_mb:2048,uvm_device_limit_mb:512,uvm_host_reserve_mb:0,\
+             uvm_stage1_threshold:0.15,uvm_stage1_min_bytes:10737418240"
+            .parse()
+            .unwrap();
         assert_eq!(
-            parsed.options,
+            options,
             Options {
                 enabled: true,
                 oversubscription_ratio: 2.5,
@@ -369,25 +276,6 @@ mod tests {
                 stage1_min_bytes: 10_737_418_240,
             }
         );
-        assert_eq!(parsed.given, Options::KEYS);
-    }
-
-    #[test]
-    fn the_last_of_several_wins() {
-        let parsed =
-            Options::parse("use_uvm:False,uvm_oversubscription_ratio:2,use_uvm:True,uvm_oversubscription_ratio:3")
-                .unwrap();
-        assert!(parsed.options.enabled);
-        assert_eq!(parsed.options.oversubscription_ratio, 3.0);
-        assert_eq!(parsed.given, ["use_uvm", "uvm_oversubscription_ratio"]);
-    }
-
-    #[test]
-    fn brackets_are_stepped_over() {
-        let conf = "roundup_power2_divisions:[256:1,512:2,1024:4,>:8],use_uvm:True,max_split_size_mb:64";
-        assert!(Options::parse(conf).unwrap().options.enabled);
-        // Not at top level: PyTorch's to complain about.
-        assert!(!Options::parse("roundup_power2_divisions:[256:1,use_uvm:True]").unwrap().options.enabled);
     }
 
     #[test]
@@ -424,51 +312,11 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_beside_use_uvm_is_refused() {
-        for conf in ["backend:cudaMallocAsync,use_uvm:True", "use_uvm:True,backend:cudaMallocAsync"] {
-            assert!(message(conf).starts_with("backend: 'cudaMallocAsync' is not allowed beside use_uvm:True"));
-        }
-        assert!(message("use_uvm:True,backend:native").starts_with("backend: 'native' is not allowed"));
-        let parsed = Options::parse("backend:cudaMallocAsync,use_uvm:False").unwrap();
-        assert_eq!(parsed.backend.as_deref(), Some("cudaMallocAsync"));
-    }
-
-    #[test]
-    fn settings_made_at_run_time_keep_the_others() {
-        let start = Options::parse("use_uvm:True,uvm_oversubscription_ratio:2").unwrap().options;
-        let parsed = start.apply("uvm_prefetch:False").unwrap();
-        assert_eq!(parsed.options, Options { prefetch: false, ..start });
-        assert_eq!(parsed.given, ["uvm_prefetch"]);
-    }
-
-    #[test]
     fn a_failed_set_changes_nothing() {
         let mut options = Options::default();
         assert!(options.set("uvm_device_limit_mb", "0").is_err());
         assert!(options.set("uvm_stage1_threshold", "NaN").is_err());
         assert_eq!(options, Options::default());
-    }
-
-    #[test]
-    fn pytorch_sees_only_its_own_keys() {
-        for (conf, theirs) in [
-            ("use_uvm:True,max_split_size_mb:64,uvm_prefetch:False", "max_split_size_mb:64"),
-            ("use_uvm : True , expandable_segments:True", " expandable_segments:True"),
-            ("roundup_power2_divisions:[256:1,512:2,>:4],use_uvm:True", "roundup_power2_divisions:[256:1,512:2,>:4]"),
-            ("u se_uvm:True", ""),
-            ("use_uvm2:True", "use_uvm2:True"),
-            ("use_uvm,uvm_nonsense,", ""),
-            ("", ""),
-        ] {
-            assert_eq!(Options::without_ours(conf), theirs, "{conf}");
-        }
-    }
-
-    #[test]
-    fn wanted_never_fails() {
-        assert_eq!(Options::wanted("uvm_nonsense:1, use_uvm : True"), Some(true));
-        assert_eq!(Options::wanted("use_uvm:True,use_uvm:maybe"), Some(false));
-        assert_eq!(Options::wanted("backend:native"), None);
     }
 
     prop_compose! {
@@ -500,25 +348,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_string_panics(conf: String) {
-            let _ = Options::parse(&conf);
-            let _ = Options::wanted(&conf);
-            let theirs = Options::without_ours(&conf);
-            prop_assert_eq!(&Options::without_ours(&theirs), &theirs);
-            prop_assert!(Options::parse(&theirs).is_ok(), "{} of {}", theirs, conf);
-        }
-
-        #[test]
-        fn no_likely_string_panics(
-            conf in "((use_uvm|uvm_[a-z_]{0,30}|backend|a):?(True|False|-?[0-9.e]{0,20}|\\[|\\])?[,: ]){0,8}"
-        ) {
-            let _ = Options::parse(&conf);
-            let _ = Options::wanted(&conf);
-        }
-
-        #[test]
         fn what_is_printed_is_read_back(options in any_options()) {
-            prop_assert_eq!(Options::parse(&options.to_string()).unwrap().options, options);
+            prop_assert_eq!(options.to_string().parse::<Options>().unwrap(), options);
         }
     }
 }

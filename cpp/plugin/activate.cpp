@@ -17,22 +17,17 @@ namespace torch_uvm {
 
 namespace {
 
-// Takes our keys out of one environment variable, as getenv sees it, and puts them back at the end: processes that are
-// started later must find them.
+// Gives one environment variable another value, or none, as getenv sees it, and the old one back at the end: processes
+// that are started later must find it.
 class Hidden {
  public:
-  explicit Hidden(const char* variable) : variable_(variable) {
+  Hidden(const char* variable, const std::optional<std::string>& shown) : variable_(variable) {
     const char* value = std::getenv(variable);
     if (value == nullptr) {
       return;
     }
-    const std::string theirs(bridge::without_ours(bytes_of(value)));
-    if (theirs == value) {
-      return;
-    }
     before_ = value;
-    // Where nothing is left, PyTorch shall look into the other variable.
-    const int failed = theirs.empty() ? unsetenv(variable) : setenv(variable, theirs.c_str(), 1);
+    const int failed = shown ? setenv(variable, shown->c_str(), 1) : unsetenv(variable);
     TORCH_CHECK(failed == 0, variable, ": the uvm allocator's options could not be hidden from PyTorch's parser");
   }
   ~Hidden() {
@@ -48,13 +43,17 @@ class Hidden {
   std::optional<std::string> before_;
 };
 
-void take_place() {
-  auto* ours = &UvmAllocator::instance();
-  c10cca::allocator.store(ours);
-#if TORCH_UVM_SINCE(209)
-  // Since 2.9 c10's registry has CUDA's allocator too (torch.accelerator asks there), in some versions with a priority.
-  c10::SetAllocator(c10::kCUDA, ours, /*priority=*/255);
-#endif
+// What PyTorch may see of a variable. Where it has keys of ours only, PyTorch shall look into the other variable.
+std::optional<std::string> shown(const char* variable) {
+  const char* value = std::getenv(variable);
+  if (value == nullptr) {
+    return std::nullopt;
+  }
+  if (!bridge::has_ours(bytes_of(value))) {
+    return value;
+  }
+  std::string theirs(bridge::without_ours(bytes_of(value)));
+  return theirs.empty() ? std::nullopt : std::optional<std::string>(std::move(theirs));
 }
 
 } // namespace
@@ -66,8 +65,16 @@ void parse_environment() {
   if (parsed) {
     return;
   }
-  const Hidden general("PYTORCH_ALLOC_CONF");
-  const Hidden cuda("PYTORCH_CUDA_ALLOC_CONF");
+  constexpr const char* kGeneral = "PYTORCH_ALLOC_CONF";
+  constexpr const char* kCuda = "PYTORCH_CUDA_ALLOC_CONF";
+  constexpr const char* kHip = "PYTORCH_HIP_ALLOC_CONF";
+  // PyTorch ignores the variable for HIP where the one for CUDA is set. It must not read it because ours are hidden.
+  std::optional<Hidden> hip;
+  if (std::getenv(kCuda) != nullptr) {
+    hip.emplace(kHip, std::nullopt);
+  }
+  const Hidden general(kGeneral, shown(kGeneral));
+  const Hidden cuda(kCuda, shown(kCuda));
   parse_native_settings();
   parsed = true;
 }
@@ -103,7 +110,7 @@ int torch_uvm_activate() {
         c10cca::get()->name(),
         "'. Set PYTORCH_CUDA_ALLOC_CONF before the process starts, or call torch_uvm.activate() before anything uses "
         "CUDA");
-    take_place();
+    take_place_of_native(&UvmAllocator::instance());
     return 1;
   });
 }
@@ -114,6 +121,9 @@ const char* torch_uvm_check_settings(const char* settings) {
     check_options();
     parse_environment();
     check(bridge::check_settings(bytes_of(settings), torch_uvm_enabled() == 1));
+    if (!bridge::has_ours(bytes_of(settings))) {
+      return kept_text(settings);
+    }
     return kept_text(std::string(bridge::without_ours(bytes_of(settings))));
   });
 }

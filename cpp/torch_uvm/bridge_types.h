@@ -4,6 +4,8 @@
 // The Rust build compiles this header without PyTorch's or CUDA's headers: everything of theirs is only declared here.
 #pragma once
 
+#include <rust/cxx.h>
+
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -35,6 +37,7 @@ class StreamFilter {
 };
 
 // Called by the allocator. None of them throws: an exception of PyTorch's is reported as a warning.
+rust::Vec<rust::String> settings_tokens(rust::Slice<const std::uint8_t> conf) noexcept;
 bool run_free_memory_callbacks() noexcept;
 std::int64_t approximate_time() noexcept;
 std::uint64_t custom_alloc(std::uint64_t allocator, std::uint64_t bytes) noexcept;

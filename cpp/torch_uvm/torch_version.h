@@ -253,12 +253,51 @@ using NativeConfig = c10::CachingAllocator::AcceleratorAllocatorConfig;
 using NativeConfig = c10cca::CUDAAllocatorConfig;
 #endif
 
+// Cuts a settings string into keys, values and each of ':', ',', '[', ']', as the PyTorch that it is for.
+inline std::vector<std::string> settings_tokens(const std::string& settings) {
+  std::vector<std::string> tokens;
+#if TORCH_UVM_SINCE(210)
+  const c10::CachingAllocator::ConfigTokenizer tokenizer(settings);
+  for (size_t i = 0; i < tokenizer.size(); ++i) {
+    tokens.push_back(tokenizer[i]);
+  }
+#else
+  // What CUDAAllocatorConfig::lexArgs does, which is private. Of white space it drops blanks only.
+  std::string word;
+  const auto end_word = [&] {
+    if (!word.empty()) {
+      tokens.push_back(std::exchange(word, {}));
+    }
+  };
+  for (const char c : settings) {
+    if (c == ',' || c == ':' || c == '[' || c == ']') {
+      end_word();
+      tokens.emplace_back(1, c);
+    } else if (c != ' ') {
+      word += c;
+    }
+  }
+  end_word();
+#endif
+  return tokens;
+}
+
 // Has PyTorch parse its settings in the environment, if it has not done so yet; throws for what is wrong with them.
+// The settings for CUDA come first, as with native: of two complaints about a key programs then see the same one.
 inline void parse_native_settings() {
+  c10cca::CUDAAllocatorConfig::instance();
 #if TORCH_UVM_SINCE(209)
   c10::CachingAllocator::AcceleratorAllocatorConfig::instance();
 #endif
-  c10cca::CUDAAllocatorConfig::instance();
+}
+
+// Makes `ours` PyTorch's allocator for CUDA.
+inline void take_place_of_native(c10cca::CUDAAllocator* ours) {
+  c10cca::allocator.store(ours);
+#if TORCH_UVM_SINCE(209)
+  // Since 2.9 c10's registry has CUDA's allocator too (torch.accelerator asks there), in some versions with a priority.
+  c10::SetAllocator(c10::kCUDA, ours, /*priority=*/255);
+#endif
 }
 
 // PyTorch's own settings, parsed.

@@ -37,11 +37,27 @@ def autoload() -> None:
 
 
 def has_our_keys(settings: str) -> bool:
-    """Whether a settings string has an item that is ours to read: `use_uvm`, or one that begins with `uvm_`."""
-    if "uvm" not in settings.replace(" ", ""):  # PyTorch drops spaces wherever they stand
-        return False
-    keys = [item.partition(":")[0] for item in settings.replace(" ", "").split(",")]
-    return any(key == "use_uvm" or key.startswith("uvm_") for key in keys)
+    """Whether a settings string has an item that is ours to read: `use_uvm`, or one that begins with `uvm_`.
+
+    It looks no further than is needed to know whether the library must be loaded, which then reads the string as PyTorch
+    does.
+    """
+    return "uvm" in (settings := without_white_space(settings)) and any(map(is_our_key, keys_of(settings)))
+
+
+def is_our_key(key: str) -> bool:
+    """Whether it is a key of this allocator, known or not."""
+    return key == "use_uvm" or key.startswith("uvm_")
+
+
+def keys_of(settings: str) -> list[str]:
+    """What stands before the colons of a settings string, or without one, between its commas."""
+    return [item.partition(":")[0] for item in without_white_space(settings).split(",")]
+
+
+def without_white_space(settings: str) -> str:
+    """A settings string without what PyTorch's parser drops from it, wherever it stands."""
+    return settings.translate(dict.fromkeys(map(ord, " \t\n\v\f\r")))
 
 
 def activate() -> bool:

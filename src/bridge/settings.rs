@@ -4,7 +4,8 @@
 use super::failure::guarded;
 use super::{ALLOCATOR, SETTINGS, convert, ffi};
 use crate::error::{Error, Result};
-use crate::options::{Options, Parsed, two_backends};
+use crate::options::Options;
+use crate::settings_string::{self, Parsed, two_backends};
 
 /// PyTorch's variable for all accelerators. Those versions that do not know it yet (up to 2.8) leave it to us alone.
 const ANY_ACCELERATOR: &str = "PYTORCH_ALLOC_CONF";
@@ -46,8 +47,13 @@ fn from_environment() -> Result<Options> {
 }
 
 fn apply_variable(options: &Options, variable: &str) -> Result<Parsed> {
-    let conf = std::env::var_os(variable).unwrap_or_default();
-    options.apply(&conf.to_string_lossy()).map_err(|error| named(variable, error))
+    let tokens = variable_tokens(variable).unwrap_or_default();
+    settings_string::apply(options, &tokens).map_err(|error| named(variable, error))
+}
+
+/// The tokens of a variable; `None` where it is not set.
+fn variable_tokens(variable: &str) -> Option<Vec<String>> {
+    std::env::var_os(variable).map(|conf| ffi::settings_tokens(conf.as_encoded_bytes()))
 }
 
 /// An error with the variable that it is about.
@@ -62,20 +68,24 @@ fn named(variable: &str, error: Error) -> Error {
 /// parsed.
 pub(super) fn environment() -> ffi::Environment {
     let read = || {
-        let values: Vec<_> = VARIABLES.into_iter().filter_map(std::env::var_os).collect();
-        let values: Vec<_> = values.iter().map(|value| value.to_string_lossy()).collect();
+        let set: Vec<_> = VARIABLES.into_iter().filter_map(variable_tokens).collect();
         Ok(ffi::Environment {
-            has_ours: values.iter().any(|conf| Options::any_in(conf)),
-            wanted: values.iter().rev().find_map(|conf| Options::wanted(conf)).unwrap_or(false),
+            has_ours: set.iter().any(|tokens| settings_string::has_ours(tokens)),
+            wanted: set.iter().rev().find_map(|tokens| settings_string::wanted(tokens)).unwrap_or(false),
             valid: from_environment().is_ok(),
         })
     };
     guarded(read).unwrap_or(ffi::Environment { has_ours: false, wanted: false, valid: false })
 }
 
+/// Whether a settings string has a key of ours.
+pub(super) fn has_ours(conf: &[u8]) -> bool {
+    guarded(|| Ok(settings_string::has_ours(&ffi::settings_tokens(conf)))).unwrap_or(false)
+}
+
 /// A settings string less our part.
 pub(super) fn without_ours(conf: &[u8]) -> String {
-    guarded(|| Ok(Options::without_ours(&String::from_utf8_lossy(conf)))).unwrap_or_default()
+    guarded(|| Ok(settings_string::without_ours(&ffi::settings_tokens(conf)))).unwrap_or_default()
 }
 
 /// The options in force, as a settings string.
@@ -93,7 +103,7 @@ pub(super) fn check_settings(conf: &[u8], active: bool) -> bool {
     guarded(|| {
         let base = Options { enabled: active, ..Options::default() };
         apply_variable(&base, ANY_ACCELERATOR)?;
-        let wanted = base.apply(&String::from_utf8_lossy(conf))?.options.enabled;
+        let wanted = settings_string::apply(&base, &ffi::settings_tokens(conf))?.options.enabled;
         match (wanted, active) {
             (true, false) => Err(Error::InvalidArgument(
                 "use_uvm: 'True' comes too late: the backend is chosen when PyTorch is loaded, from \
@@ -114,14 +124,14 @@ pub(super) fn check_settings(conf: &[u8], active: bool) -> bool {
 pub(super) fn apply_settings(conf: &[u8], native: &ffi::NativeSettings) -> bool {
     guarded(|| {
         let mut settings = SETTINGS.lock();
-        let conf = String::from_utf8_lossy(conf);
+        let tokens = ffi::settings_tokens(conf);
         let Some(allocator) = ALLOCATOR.get() else {
             let options = settings.options()?;
-            *options = options.apply(&conf)?.options;
+            *options = settings_string::apply(options, &tokens)?.options;
             return Ok(());
         };
-        let parsed = allocator.options().apply(&conf)?;
-        if !parsed.given.is_empty() {
+        let parsed = settings_string::apply(&allocator.options(), &tokens)?;
+        if parsed.has_ours {
             allocator.set_options(parsed.options)?;
         }
         allocator.set_native_options(convert::native_options(native));

@@ -96,7 +96,7 @@ impl World {
     }
 
     fn with_sink(machine: Machine, conf: &str, sink_bytes: u64) -> Self {
-        let options = Options::parse(&format!("use_uvm:True,{conf}")).expect("options").options;
+        let options: Options = format!("use_uvm:True,{conf}").parse().expect("options");
         let hooks = Arc::new(TestHooks {
             machine: machine.clone(),
             custom: Mutex::default(),

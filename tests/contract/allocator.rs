@@ -7,7 +7,6 @@ use torch_uvm::allocator::{Allocator, CustomAllocator, Hooks};
 use torch_uvm::driver::{CaptureMode, DeviceIndex, DevicePtr};
 use torch_uvm::error::{Error, Limit};
 use torch_uvm::history::TraceEntry;
-use torch_uvm::options::Options;
 use torch_uvm::pools::{DEFAULT_POOL, MempoolId};
 
 use super::machine::{Capture, DEVICE, MANAGED_BUDGET, Machine, MachineExt};
@@ -40,7 +39,7 @@ fn allocator(machine: &dyn Machine, conf: &str) -> Allocator {
     // Half a byte more: the capacity is rounded down.
     let ratio = ((MANAGED_BUDGET / 2) as f64 + 0.5) / total as f64;
     let conf = format!("use_uvm:True,uvm_oversubscription_ratio:{ratio},{conf}");
-    let allocator = Allocator::new(machine.shared_driver(), Arc::new(NoHooks), Options::parse(&conf).unwrap().options);
+    let allocator = Allocator::new(machine.shared_driver(), Arc::new(NoHooks), conf.parse().unwrap());
     allocator.init(1).unwrap();
     allocator
 }

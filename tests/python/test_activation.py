@@ -233,6 +233,8 @@ assert not hasattr(torch_uvm, "no_such_name")
     [
         ("use_uvm:True", True),
         ("max_split_size_mb:64, use_ uvm : True", True),
+        ("max_split_size_mb:64,\n\tuse_uvm:True\r\n", True),
+        ("\vuse_uvm:True\f", True),
         ("use_uvm:False", True),
         ("uvm_prefetch:True", True),
         ("uvm_no_such_key:1", True),

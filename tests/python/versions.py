@@ -46,6 +46,7 @@ LATER = {
     "_allocation_traceback": hasattr(torch.cuda.memory, "_allocation_traceback"),
     "torch.accelerator.get_memory_info": hasattr(getattr(torch, "accelerator", None), "get_memory_info"),
     "torch.accelerator.memory_stats": hasattr(getattr(torch, "accelerator", None), "memory_stats"),
+    "PYTORCH_ALLOC_CONF": PYTORCH >= (2, 10),
     "per_process_memory_fraction:…": PYTORCH >= (2, 10),
     "throw_on_cudamalloc_oom:…": PYTORCH >= (2, 12),
     "num_oom_rejections": PYTORCH >= (2, 12),
@@ -61,6 +62,6 @@ def needs(*features: str) -> pytest.MarkDecorator:
 
 def unknown_key(key: str) -> str:
     """What PyTorch's error says about a key of the configuration that it does not know."""
-    if PYTORCH < (2, 9):
+    if PYTORCH < (2, 10):
         return f"Unrecognized CachingAllocator option: {key}"
     return f"Unrecognized key '{key}'"
