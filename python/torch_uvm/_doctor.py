@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _library, _machine, _version
-from ._activate import VARIABLES, has_our_keys
+from ._activate import VARIABLES, is_our_key, keys_of, without_white_space
 from ._library import size
 from ._machine import Cuda, Gpu, Host
 from ._report import OPTIONS
@@ -71,7 +72,7 @@ def examine() -> Report:
     settings = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     here = _run_probe({})
     active = bool(here.get("enabled"))
-    obstacle = _obstacle(cuda, here)
+    obstacle = _obstacle(cuda, here, settings)
     added = None
     if not active and obstacle is None:
         added = _run_probe(_with_use_uvm(settings), "--activate")
@@ -120,24 +121,30 @@ def _run_probe(variables: dict[str, str], *arguments: str) -> dict[str, Any]:
             facts.update(said)
     if status != 0:
         how = "did not end" if status is None else f"ended with status {status}"
-        last = (err.strip().splitlines() or ["it said nothing"])[-1]
-        facts.setdefault("error", f"the process that tried PyTorch {how}: {last}")
+        facts.setdefault("error", f"the process that tried PyTorch {how}: {_last_words(err)}")
     return facts
+
+
+def _last_words(err: str) -> str:
+    """Why a process ended, from what it wrote to stderr: its C++ exception, behind whose text a stack is printed, or its
+    last line."""
+    thrown = re.search(r"^\s*what\(\):\s*(.+)$", err, re.MULTILINE)
+    return thrown[1].strip() if thrown else (err.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def _with_use_uvm(settings: dict[str, str]) -> dict[str, str]:
     """The variable that has settings already, or the first one, with `use_uvm:True` at its end: the last one counts."""
     name = next(iter(settings), VARIABLES[0])
-    given = settings.get(name, "").rstrip(", ")
+    given = settings.get(name, "").rstrip().rstrip(",")
     return {name: f"{given},use_uvm:True" if given else "use_uvm:True"}
 
 
-def _obstacle(cuda: Cuda, here: dict[str, Any]) -> str | None:
-    """What keeps use_uvm from working here, whatever the settings are."""
+def _obstacle(cuda: Cuda, here: dict[str, Any], settings: dict[str, str]) -> str | None:
+    """What keeps use_uvm from working here: the machine, this PyTorch, or settings with which PyTorch does not start."""
     if "torch_error" in here:
         return str(here["torch_error"])
     if "torch_cuda" not in here:
-        return str(here.get("error", "PyTorch could not be examined"))
+        return next(iter(_malformed(settings)), str(here.get("error", "PyTorch could not be examined")))
     if here["torch_cuda"] is None:
         build = "for ROCm" if here.get("torch_hip") else "without CUDA"
         return f"PyTorch {here['torch_version']} was built {build}"
@@ -164,13 +171,14 @@ def _judge(
     if failure:
         return False, f"use_uvm is off, and would not work here: {failure}"
     if not tried.get("enabled"):
-        return False, f"use_uvm does not work here: {here.get('error', 'PyTorch kept its own allocator')}"
+        reason = next(iter(_malformed(settings)), here.get("error", "PyTorch kept its own allocator"))
+        return False, f"use_uvm does not work here: {reason}"
     return True, f"use_uvm is off, and would work here. {_how_to_switch_on(here, settings)}"
 
 
 def _how_to_switch_on(here: dict[str, Any], settings: dict[str, str]) -> str:
     """Why the allocator is not in place although it could be."""
-    wanted = any("use_uvm:True" in value.replace(" ", "") for value in settings.values())
+    wanted = any("use_uvm:True" in without_white_space(value) for value in settings.values())
     if not here.get("patched"):
         if not here.get("entry_point"):
             return (
@@ -232,17 +240,29 @@ def _machine_notes(host: Host, cuda: Cuda) -> Iterable[str]:
 
 
 def _settings_notes(settings: dict[str, str]) -> Iterable[str]:
-    """Keys that are probably meant to be ours and are not."""
+    """What PyTorch will not understand, and keys that are probably meant to be ours and are not."""
+    yield from _malformed(settings)
     for variable, value in settings.items():
-        for item in value.replace(" ", "").split(","):
-            key = item.partition(":")[0]
+        for key in keys_of(value):
             if key in OPTIONS:
                 continue
             close = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.8)
             if close:
                 yield f"{variable}: {key} is unknown. Is {close[0]} meant?"
-            elif has_our_keys(item):
+            elif is_our_key(key):
                 yield f"{variable}: {key} is unknown. The options are {', '.join(OPTIONS)}"
+
+
+def _malformed(settings: dict[str, str]) -> Iterable[str]:
+    """Items that are no `key:value`. PyTorch's words for them are an internal assertion, or nothing but a stack."""
+    for variable, value in settings.items():
+        *items, last = re.split(r",(?![^\[]*\])", without_white_space(value))  # at commas that are not inside brackets
+        for item in items if last == "" else [*items, last]:
+            if item == "":
+                yield f"{variable}: there is nothing between two commas, or before the first one"
+            elif ":" not in item:
+                meant = item.replace("=", ":", 1) if "=" in item else f"{item}:True" if item == "use_uvm" else f"{item}:…"
+                yield f"{variable}: '{item}' has no colon between its key and its value. Is {meant} meant?"
 
 
 def as_json(report: Report) -> str:

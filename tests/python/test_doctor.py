@@ -15,7 +15,7 @@ import torch
 from simulated import HERE, Finished, environment
 from under_test import torch_uvm
 
-from torch_uvm import _library, _machine
+from torch_uvm import _doctor, _library, _machine
 
 #: Whether the allocator can be had in this environment: the plug-in is installed, or PyTorch is patched.
 PATCHED = isinstance(_library.running(), _library.Library) and not isinstance(_library.running(), _library.Plugin)
@@ -138,6 +138,58 @@ def test_misspelled_keys() -> None:
     assert "uvm_devices_limit_mb is unknown. Is uvm_device_limit_mb meant?" in notes, notes
     assert "uvm_zzz is unknown. The options are use_uvm, uvm_oversubscription_ratio" in notes, notes
     assert not found["works"], "PyTorch or the allocator refuses such keys"
+
+
+@pytest.mark.parametrize("conf", ["max_split_size_mb:64,\n use_uvm:True", "use_uvm:True\r\n", "use_uvm\t: True,"])
+@only_with_the_plugin
+def test_white_space(conf: str) -> None:
+    """Settings on several lines, from files with other line ends, with tabs: they are nothing to remark on."""
+    found = findings(environment(conf, require=True))
+    assert found["active"] and found["works"], found["verdict"]
+    assert not [note for note in found["notes"] if "ALLOC_CONF" in note], found["notes"]
+
+
+@pytest.mark.parametrize(
+    ("conf", "words"),
+    [
+        ("use_uvm", "'use_uvm' has no colon between its key and its value. Is use_uvm:True meant?"),
+        ("use_uvm=True", "'use_uvm=True' has no colon between its key and its value. Is use_uvm:True meant?"),
+        ("use_uvm:True,max_split_size_mb=64", "'max_split_size_mb=64' has no colon"),
+    ],
+)
+@only_with_uvm
+def test_a_key_without_a_colon(conf: str, words: str) -> None:
+    """PyTorch may end the process for it, with a stack of C++ functions: the finding is what to write instead."""
+    found = findings(environment(conf, require=True))
+    assert not found["works"] and "frame #" not in found["verdict"], found["verdict"]
+    assert any(words in note for note in found["notes"]), found["notes"]
+    if not found["active"]:
+        assert words in found["verdict"], found["verdict"]
+
+
+def test_the_last_words_of_a_process() -> None:
+    """A C++ exception's text comes before a stack of many lines."""
+    thrown = "terminate called after throwing an instance of 'c10::Error'\n  what():  Index out of bounds\nframe #0: f()\n"
+    assert _doctor._last_words(thrown) == "Index out of bounds"
+    assert _doctor._last_words("first\nlast\n") == "last"
+    assert _doctor._last_words("") == "it said nothing"
+
+
+@pytest.mark.parametrize(
+    ("conf", "count"),
+    [
+        ("", 0),
+        ("use_uvm:True,", 0),
+        ("roundup_power2_divisions:[256:1,512:2],use_uvm:True", 0),
+        ("expandable_segments_reserve_by_class:[a,b]", 0),
+        ("use_uvm:True,,uvm_prefetch:True", 1),
+        (",use_uvm:True", 1),
+        ("use_uvm,uvm_prefetch", 2),
+    ],
+)
+def test_items_that_are_none(conf: str, count: int) -> None:
+    """Each is named; brackets may hold what they like."""
+    assert len(list(_doctor._malformed({"PYTORCH_CUDA_ALLOC_CONF": conf}))) == count
 
 
 @only_with_uvm
