@@ -39,8 +39,7 @@ def autoload() -> None:
 def has_our_keys(settings: str) -> bool:
     """Whether a settings string has an item that is ours to read: `use_uvm`, or one that begins with `uvm_`.
 
-    It looks no further than is needed to know whether the library must be loaded, which then reads the string as PyTorch
-    does.
+    This only decides whether the library is loaded, which then reads the string as PyTorch does.
     """
     return "uvm" in (settings := without_white_space(settings)) and any(map(is_our_key, keys_of(settings)))
 

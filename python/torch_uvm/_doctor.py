@@ -126,8 +126,8 @@ def _run_probe(variables: dict[str, str], *arguments: str) -> dict[str, Any]:
 
 
 def _last_words(err: str) -> str:
-    """Why a process ended, from what it wrote to stderr: its C++ exception, behind whose text a stack is printed, or its
-    last line."""
+    """Why a process ended, from what it wrote to stderr: its last line, or the text of its C++ exception, which comes
+    before a stack."""
     thrown = re.search(r"^\s*what\(\):\s*(.+)$", err, re.MULTILINE)
     return thrown[1].strip() if thrown else (err.strip().splitlines() or ["it said nothing"])[-1]
 
@@ -140,7 +140,7 @@ def _with_use_uvm(settings: dict[str, str]) -> dict[str, str]:
 
 
 def _obstacle(cuda: Cuda, here: dict[str, Any], settings: dict[str, str]) -> str | None:
-    """What keeps use_uvm from working here: the machine, this PyTorch, or settings with which PyTorch does not start."""
+    """What keeps use_uvm from working: the machine, this PyTorch, or settings with which PyTorch does not start."""
     if "torch_error" in here:
         return str(here["torch_error"])
     if "torch_cuda" not in here:
@@ -261,7 +261,9 @@ def _malformed(settings: dict[str, str]) -> Iterable[str]:
             if item == "":
                 yield f"{variable}: there is nothing between two commas, or before the first one"
             elif ":" not in item:
-                meant = item.replace("=", ":", 1) if "=" in item else f"{item}:True" if item == "use_uvm" else f"{item}:…"
+                meant = (
+                    item.replace("=", ":", 1) if "=" in item else f"{item}:True" if item == "use_uvm" else f"{item}:…"
+                )
                 yield f"{variable}: '{item}' has no colon between its key and its value. Is {meant} meant?"
 
 

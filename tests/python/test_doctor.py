@@ -169,7 +169,9 @@ def test_a_key_without_a_colon(conf: str, words: str) -> None:
 
 def test_the_last_words_of_a_process() -> None:
     """A C++ exception's text comes before a stack of many lines."""
-    thrown = "terminate called after throwing an instance of 'c10::Error'\n  what():  Index out of bounds\nframe #0: f()\n"
+    thrown = (
+        "terminate called after throwing an instance of 'c10::Error'\n  what():  Index out of bounds\nframe #0: f()\n"
+    )
     assert _doctor._last_words(thrown) == "Index out of bounds"
     assert _doctor._last_words("first\nlast\n") == "last"
     assert _doctor._last_words("") == "it said nothing"
