@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import math
 import sys
 import threading
 import traceback
+import types
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -185,7 +187,7 @@ class _AroundUnknown:
     """The hooks around ours, asked by taking ours away for a moment."""
 
     def __init__(self, hooks: _Hooks) -> None:
-        self._hooks = hooks
+        self._hooks = weakref.ref(hooks)
         self._anchor = torch.empty(0, requires_grad=True)
 
     def pack(self, tensor: torch.Tensor) -> Any:
@@ -195,7 +197,9 @@ class _AroundUnknown:
             with torch.enable_grad():
                 return _SavedAround.apply(self._anchor, tensor.detach())  # type: ignore[no-untyped-call]
         finally:
-            torch._C._autograd._push_saved_tensors_default_hooks(self._hooks.pack, self._hooks.unpack)
+            hooks = self._hooks()
+            assert hooks is not None  # it has called this
+            torch._C._autograd._push_saved_tensors_default_hooks(hooks.pack, hooks.unpack)
 
     @staticmethod
     def unpack(saved: torch.Tensor) -> Any:
@@ -207,7 +211,7 @@ class _AroundUnknown:
 class _Hooks:
     """The saved-tensor hooks of one forward. Only the innermost hooks are asked, so they ask those around them."""
 
-    __slots__ = ("_outer", "_stream")
+    __slots__ = ("__weakref__", "_outer", "_stream")
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -250,45 +254,115 @@ def _modified(tensor: torch.Tensor, saved: int, now: int) -> str:
 
 
 class _Forward:
-    """Stands in for a module's forward."""
+    """Stands in for a module's forward.
 
-    def __init__(self, stream: Stream, module: nn.Module, units: list[_Unit]) -> None:
-        self._stream: Optional[Stream] = stream
-        self._module = module
+    The module holds it, so it holds the module weakly: a model that is dropped, and its host memory, are gone at once.
+    """
+
+    def __init__(self, stream: Optional[Stream], module: nn.Module, units: list[_Unit]) -> None:
+        self._stream = stream
+        self._module = weakref.ref(module)
         self._units = units
         self._own = module.__dict__.get("forward")
-        self._forward: Callable[..., Any] = module.forward
-        functools.update_wrapper(self, self._forward)
         module.__dict__["forward"] = self
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The forward that it stands in for; `inspect.signature` and others look for it under this name."""
+        if self._own is not None:
+            return self._own  # type: ignore[no-any-return]
+        module, found = self._of_class()
+        bind = getattr(type(found), "__get__", None)
+        return found if bind is None else bind(found, module, type(module))  # type: ignore[no-any-return]
+
+    def _of_class(self) -> tuple[nn.Module, Any]:
+        """The module, and what its class has under the name: a function, or whatever else."""
+        module = self._module()
+        if module is None:
+            raise ReferenceError("torch_uvm.stream(): a forward was called whose module does not exist any more")
+        for kind in type(module).__mro__:
+            if "forward" in kind.__dict__:
+                return module, kind.__dict__["forward"]
+        raise AttributeError(f"{type(module).__name__!r} object has no attribute 'forward'")
+
+    def _run(self, *arguments: Any, **named: Any) -> Any:
+        """Runs it. Written so that torch.export of some versions can look through it."""
+        if self._own is None:
+            module, found = self._of_class()
+            if isinstance(found, types.FunctionType):
+                return found(module, *arguments, **named)
+        return self.__wrapped__(*arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        """What code that inspects a module wants to know of its forward (torch.jit.script, torch.export)."""
+        if name in _OF_FUNCTIONS:
+            return getattr(self.__wrapped__, name)
+        if name == "__globals__":  # torch.jit.script asks for it, and then for source code that it could not find
+            raise AttributeError(
+                "torch_uvm.stream(): the weights of this module stream, and torch.jit.script cannot see through that: "
+                "call remove() first"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         stream = self._stream
-        if stream is None:
-            return self._forward(*arguments, **named)
+        if stream is None or _reads_in_place():
+            return self._run(*arguments, **named)
         _tell_dynamo()
         stream._enter(self._units)
         try:
             if not torch.is_grad_enabled():
-                return self._forward(*arguments, **named)
+                return self._run(*arguments, **named)
             hooks = _Hooks(stream)
             with saved_tensors_hooks(hooks.pack, hooks.unpack):
-                return self._forward(*arguments, **named)
+                return self._run(*arguments, **named)
         finally:
             stream._leave(self._units)
 
     def restore(self) -> None:
         """Puts the module's own back. Where somebody has wrapped this one meanwhile, it stays and does nothing."""
         self._stream = None
-        if self._module.__dict__.get("forward") is not self:
+        module = self._module()
+        if module is None or module.__dict__.get("forward") is not self:
             return
         if self._own is None:
-            del self._module.__dict__["forward"]
+            del module.__dict__["forward"]
         else:
-            self._module.__dict__["forward"] = self._own
+            module.__dict__["forward"] = self._own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copies of the module have the module's own forward: their weights do not stream."""
+        if self._own is not None:
+            return copy.deepcopy(self._own, memo)
+        module = memo.get(id(self._module()))
+        return self if module is None else _Forward(None, module, [])
 
     def __reduce__(self) -> Any:
-        """Copies and pickles of the module have the module's own forward: their weights do not stream."""
-        return getattr, (self._module, "forward")
+        """So do pickles, which do not need this package."""
+        return getattr, (self._module(), "forward")
+
+
+#: What functions have, and `_Forward` says of the function that it stands in for.
+_OF_FUNCTIONS = frozenset(
+    "__annotations__ __closure__ __code__ __defaults__ __func__ __kwdefaults__ __name__ __qualname__ __self__".split()
+)
+
+
+def _reads_in_place() -> bool:
+    """Whether this call is one that weights cannot stream in: it reads them where they lie, in host memory.
+
+    A transform of torch.func forbids that memory which it does not know is written, and has no saved-tensor hooks; what traces
+    a model (torch.export, torch.jit.trace, make_fx) would record our copies.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+        return True
+    for key in _TRACING:  # no generator: torch.export of some versions looks through this
+        if torch._C._get_dispatch_mode(key) is not None:  # type: ignore[attr-defined]
+            return True
+    return not torch._C._autograd._saved_tensors_hooks_is_enabled()
+
+
+_TRACING = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # type: ignore[attr-defined]
 
 
 class _Pass(_Forward):
@@ -296,12 +370,12 @@ class _Pass(_Forward):
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         stream = self._stream
-        if stream is None:
-            return self._forward(*arguments, **named)
+        if stream is None or _reads_in_place():
+            return self._run(*arguments, **named)
         _tell_dynamo()
         stream._begin()
         try:
-            return self._forward(*arguments, **named)
+            return self._run(*arguments, **named)
         finally:
             stream._end()
 
@@ -309,6 +383,10 @@ class _Pass(_Forward):
 _told_dynamo = False
 for _function in (_Forward.__call__, _Pass.__call__):
     _function._torchdynamo_disable = True  # type: ignore[attr-defined]  # not inlined into a caller's graph
+    _function._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+        "torch_uvm.stream(): the weights of this module stream, which no graph can hold. Each unit's forward is compiled by "
+        "itself; for one graph of the whole model call remove() first, or export with strict=False"
+    )
 
 
 def _tell_dynamo() -> None:
@@ -337,13 +415,13 @@ class Stream:
     def __init__(
         self, model: nn.Module, ahead: int, device_bytes: Optional[int], gradients: Gradients, across_passes: bool
     ) -> None:
-        self._model = model
         self._ahead = ahead
         self._across = across_passes
         self._lock = threading.RLock()
         self._index = _device_of(model)
         self._device = torch.device("cuda", self._index)
-        self._forwards: list[_Forward] = []
+        #: The modules hold them, and they hold this.
+        self._forwards: list[weakref.ref[_Forward]] = []
         self._units: list[_Unit] = []
         #: What lies in host memory, extent by extent.
         self._hosted: list[tuple[Extent, list[_Weight]]] = []
@@ -363,7 +441,7 @@ class Stream:
         origins = [(extent, extent.tensors[0].device) for extent in extents if extent.weights()]
         buffers = [(module, dict(module._buffers)) for module in model.modules()]
         try:
-            self._attach(extents, device_bytes, gradients)
+            self._attach(model, extents, device_bytes, gradients)
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # they hold memory that is about to be given back
             for module, own in buffers:
@@ -373,12 +451,14 @@ class Stream:
 
     # Attaching
 
-    def _attach(self, extents: list[Extent], device_bytes: Optional[int], gradients: Gradients) -> None:
+    def _attach(
+        self, model: nn.Module, extents: list[Extent], device_bytes: Optional[int], gradients: Gradients
+    ) -> None:
         wanted = memory_info(self._index).device_limit if device_bytes is None else device_bytes
-        groups = self._group(extents, wanted)
-        self._move_buffers(extents)
+        groups = self._group(model, extents, wanted)
+        self._move_buffers(model, extents)
         self._resident_bytes += sum(extent.nbytes for extent in extents if extent.held_outside)
-        choice = None if device_bytes is None else self._choose(groups, device_bytes)
+        choice = None if device_bytes is None else self._choose(model, extents, groups, device_bytes)
         # One after the other, so that never more than one unit is on the device beside what stays there. Where it is not
         # known yet what may stay, everything goes to the host first: only then do the books say what others hold.
         hosts: dict[int, tuple[torch.Tensor, list[_Weight]]] = {}
@@ -390,7 +470,7 @@ class Stream:
                 self._to_host(other)
         empty_cache()
         if choice is None:
-            choice = self._choose(groups, None)
+            choice = self._choose(model, extents, groups, None)
         if choice.slots:
             self._slots = Slots(choice.slots, choice.slot_bytes, self._index)
         for small in groups.small:
@@ -418,11 +498,13 @@ class Stream:
                 [p for unit in self._units for p in (weight.parameter for weight in unit.weights) if p.is_leaf]
             )
         if self._units:
-            if self._model not in by_module:
-                self._forwards.append(_Pass(self, self._model, []))
-            self._forwards += [_Forward(self, module, units) for module, units in by_module.items()]
+            if model not in by_module:
+                self._forwards.append(weakref.ref(_Pass(self, model, [])))
+            self._forwards += [weakref.ref(_Forward(self, module, units)) for module, units in by_module.items()]
 
-    def _choose(self, groups: Groups, device_bytes: Optional[int]) -> Choice:
+    def _choose(
+        self, model: nn.Module, extents: list[Extent], groups: Groups, device_bytes: Optional[int]
+    ) -> Choice:
         given = device_bytes is not None
         if device_bytes is None:
             info = memory_info(self._index)
@@ -438,10 +520,12 @@ class Stream:
             "weights must fit, beside the units that are larger than a slot"
         )
         if given:
-            needed = self._enough(lambda least: least, lambda least: least)
+            needed = self._enough(model, extents, lambda least: least, lambda least: least)
             raise ValueError(f"device_bytes: {text}. {needed} MiB would do")
         info = memory_info(self._index)
         needed = self._enough(
+            model,
+            extents,
             lambda limit: max(0, limit - info.populated_device) * (1 - RESERVE),
             lambda least: info.populated_device + least / (1 - RESERVE),
         )
@@ -450,22 +534,28 @@ class Stream:
             "everything else"
         )
 
-    def _enough(self, for_weights: Callable[[int], float], limit_for: Callable[[int], float]) -> int:
+    def _enough(
+        self,
+        model: nn.Module,
+        extents: list[Extent],
+        for_weights: Callable[[int], float],
+        limit_for: Callable[[int], float],
+    ) -> int:
         """The MiB of device memory that would do. `for_weights` says what is left of a limit, and `limit_for` the inverse.
 
         With more memory units may be larger, and need more: it is tried until it holds.
         """
-        extents, limit = extents_of(self._model), 0
+        limit = 0
         while True:
-            groups = self._group(extents, limit)
+            groups = self._group(model, extents, limit)
             if choose(groups, int(for_weights(limit)), self._ahead) is not None:
                 return limit // MIB
             limit = max(limit + MIB, -(-math.ceil(limit_for(bytes_needed(groups, self._ahead))) // MIB) * MIB)
 
-    def _group(self, extents: list[Extent], device_bytes: int) -> Groups:
-        return group(self._model, max(1, device_bytes // (2 * (self._ahead + 1))), extents)
+    def _group(self, model: nn.Module, extents: list[Extent], device_bytes: int) -> Groups:
+        return group(model, max(1, device_bytes // (2 * (self._ahead + 1))), extents)
 
-    def _move_buffers(self, extents: list[Extent]) -> None:
+    def _move_buffers(self, model: nn.Module, extents: list[Extent]) -> None:
         """Moves buffers to the device; those that share memory with weights are moved with these."""
         moved: dict[torch.Tensor, torch.Tensor] = {}
         with torch.no_grad():
@@ -473,7 +563,7 @@ class Stream:
                 if not extent.weights() and not extent.tensors[0].is_cuda:
                     moved.update(zip(extent.tensors, extent.on(self._device)))
         with_weights = {tensor for extent in extents if extent.weights() for tensor in extent.tensors}
-        for module in self._model.modules():
+        for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_cuda and buffer not in with_weights:
                     if buffer not in moved:
@@ -765,7 +855,9 @@ class Stream:
                 raise RuntimeError("torch_uvm.stream(): remove() while a forward of the model is running")
             self._removed = True
             while self._forwards:
-                self._forwards.pop().restore()
+                forward = self._forwards.pop()()
+                if forward is not None:
+                    forward.restore()
             if self._grads is not None:
                 self._grads.remove()
                 self._grads = None
@@ -838,30 +930,34 @@ class _HostGradients:
     """Moves each gradient into host memory as soon as it is complete."""
 
     def __init__(self, parameters: list[torch.Tensor]) -> None:
-        self._kept: dict[torch.Tensor, _HostGradient] = {}
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._moved)
+            parameter.register_post_accumulate_grad_hook(_MoveGradient())
             for parameter in parameters
             if parameter.requires_grad
         ]
-
-    def _moved(self, parameter: torch.Tensor) -> None:
-        grad = parameter.grad
-        if grad is None or grad.layout != torch.strided or grad.requires_grad:
-            return  # sparse ones are small; one with a graph (create_graph) is part of it
-        kept = self._kept.get(parameter)
-        if kept is not None and grad.data_ptr() == kept.cuda.data_ptr():
-            return
-        if kept is None or not kept.serves(grad):
-            kept = self._kept[parameter] = _HostGradient(grad)
-        kept.host.copy_(grad, non_blocking=True)
-        parameter.grad = kept.cuda.view_as(kept.cuda)
 
     def remove(self) -> None:
         """No more of this. Gradients stay where they are."""
         for hook in self._hooks:
             hook.remove()
-        self._kept.clear()
+
+
+class _MoveGradient:
+    """Moves the gradient of one parameter, which it does not hold: the parameter holds it."""
+
+    def __init__(self) -> None:
+        self._kept: Optional[_HostGradient] = None
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        grad, kept = parameter.grad, self._kept
+        if grad is None or grad.layout != torch.strided or grad.requires_grad:
+            return  # sparse ones are small; one with a graph (create_graph) is part of it
+        if kept is not None and grad.data_ptr() == kept.cuda.data_ptr():
+            return
+        if kept is None or not kept.serves(grad):
+            kept = self._kept = _HostGradient(grad)
+        kept.host.copy_(grad, non_blocking=True)
+        parameter.grad = kept.cuda.view_as(kept.cuda)
 
 
 class _HostGradient:
@@ -995,6 +1091,15 @@ def stream(
       inside a unit's forward they are lost.
     - A view of a weight that was made inside a forward and is kept (`weight.detach()`) stays what it was. If another stream
       uses it, keep it until that is done: `record_stream` alone is not enough.
+    - Weights that share memory keep sharing it: weights tied through `.data`, views of one flat tensor, buffers that are views
+      of weights. Memory that a tensor outside the model shares too (an optimizer's flat buffer, a `state_dict`) does not move:
+      on the GPU such weights stay where they are, with a warning that names them; on the CPU they are an error. This is looked
+      at once, at the beginning. A view that is taken outside a forward while weights stream is of the host memory, which the
+      weights leave in `remove()`.
+    - Transforms of `torch.func` and tracers (`torch.export`, `torch.jit.trace`, `make_fx`) read the weights where they lie, in
+      host memory. `torch.jit.script` does not take such a model, and `torch.export` with `strict=True` not on all versions
+      of PyTorch: the errors say so.
+    - A model that is dropped without `remove()` gives its host memory back at once.
 
     Args:
         model: its parameters are on the CPU or on one CUDA device.
@@ -1008,7 +1113,8 @@ def stream(
     Raises:
         RuntimeError: `use_uvm` is off, the model streams already, or what is left on the device is too little.
         torch.cuda.OutOfMemoryError: the host has too little memory left to pin the weights. The model is as it was.
-        ValueError: an argument is not allowed, or `device_bytes` is too little for the slots.
+        ValueError: an argument is not allowed, `device_bytes` is too little for the slots, or the memory of weights on the CPU
+            is shared with a tensor outside the model.
     """
     enabled_library("stream()")
     _tell_dynamo()

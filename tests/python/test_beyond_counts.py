@@ -78,7 +78,9 @@ class Managed:
         self.__cuda_array_interface__ = {{
             "shape": (count,), "typestr": "|u1", "data": (pointer.value, False), "version": 3
         }}
-        self.cuda = torch.as_tensor(self, device="cuda")
+    def cuda(self, offset=0, count=None):
+        whole = torch.as_tensor(self, device="cuda")
+        return whole[offset:] if count is None else whole[offset : offset + count]
 
 class Layer(nn.Module):
     checks = False
@@ -120,7 +122,7 @@ NOTHING_IS_COPIED = (
 )
 WEIGHTS_ARE_MANAGED = """
 for layer in model:
-    layer.weight.data = Managed(UNIT).cuda.copy_(layer.weight.data)
+    layer.weight.data = Managed(UNIT).cuda().copy_(layer.weight.data)
 """
 
 #: Another limit for each model, from all of the weights to a fifth of them.

@@ -302,6 +302,28 @@ def test_nested_placements() -> None:
 
 
 @on_device(uvm_only=True)
+def test_placements_and_pools() -> None:
+    """Of a placement and `use_mem_pool` the innermost holds too, whatever PyTorch's own allocator does."""
+    pool = torch_uvm.MemPool("cpu_first")
+
+    def placed(size: int = 30 * MIB) -> str:
+        before = torch_uvm.memory_info()
+        tensors.append(block(size))
+        (where,) = growth(before, torch_uvm.memory_info())
+        return where
+
+    tensors: list[torch.Tensor] = []
+    with torch.cuda.use_mem_pool(pool):
+        with torch_uvm.placement("device"):
+            same(placed(), COUNTED["device"], "a placement in a pool")
+        same(placed(), COUNTED["cpu_first"], "the pool again")
+    with torch_uvm.placement("device"):
+        with torch.cuda.use_mem_pool(pool):
+            same(placed(), COUNTED["cpu_first"], "a pool in a placement")
+        same(placed(), COUNTED["device"], "the placement again")
+
+
+@on_device(uvm_only=True)
 def test_placements_that_end_in_another_order() -> None:
     """As generators may make them: the one entered last and not left holds."""
     first, second = torch_uvm.placement("cpu_first"), torch_uvm.placement("balanced")

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
+import re
 import sys
+import tempfile
 import threading
 import types
+import weakref
 from typing import Any, Optional
 
 import pytest
@@ -445,18 +449,20 @@ def test_a_forward_that_fails(kind: str) -> None:
     error = {"ValueError": ValueError, "KeyboardInterrupt": KeyboardInterrupt}[kind]
     with torch_uvm.stream(model, device_bytes=3 * UNIT):
         addresses = [layer.weight.data_ptr() for layer in model]
-        original = Layer.forward
+        fails = True
 
         def failing(self: Layer, x: torch.Tensor) -> torch.Tensor:
-            raise error("on purpose")
+            if fails and self is model[3]:
+                raise error("on purpose")
+            return original(self, x)
 
-        model[3].__dict__["forward"]._forward = failing.__get__(model[3])
+        original, Layer.forward = Layer.forward, failing  # type: ignore[method-assign]
         with pytest.raises(error, match="on purpose"):
             model(ones(True))
         same([layer.weight.data_ptr() for layer in model], addresses)
         with pytest.raises(RuntimeError):  # none are left
             torch._C._autograd._pop_saved_tensors_default_hooks()
-        model[3].__dict__["forward"]._forward = original.__get__(model[3])
+        fails = False
         model(ones(True))
         check_read(model)
 
@@ -1025,6 +1031,190 @@ def test_compiled(how: str) -> None:
     stream.remove()
 
 
+class Linear(nn.Module):
+    """A unit of two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(contents(1))
+        self.bias = nn.Parameter(torch.ones(SIDE))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def linears() -> nn.Sequential:
+    """Five of them."""
+    return nn.Sequential(*(Linear() for _ in range(5)))
+
+
+def a_row() -> torch.Tensor:
+    """An input for them."""
+    return torch.ones(2, SIDE, device="cuda")
+
+
+def a_square() -> torch.Tensor:
+    """Another one."""
+    return torch.empty(SIDE, SIDE, device="cuda")
+
+
+@on_device(uvm_only=True)
+def test_each_weight_has_its_own_storage() -> None:
+    """What looks for weights that share memory, such as safetensors' save_model, finds what it found before."""
+    model = linears()
+    with torch_uvm.stream(model, device_bytes=4 * UNIT) as stream:
+        assert stream.statistics().streamed_units
+        for name, parameter in model.named_parameters():
+            storage = parameter.untyped_storage()
+            same((storage.data_ptr(), storage.nbytes()), (parameter.data_ptr(), parameter.numel() * 4), name)
+        try:
+            import safetensors.torch
+        except ImportError:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            safetensors.torch.save_model(model, f"{folder}/model.safetensors")
+            loaded = safetensors.torch.load_file(f"{folder}/model.safetensors")
+        for name, parameter in model.named_parameters():
+            assert torch.equal(loaded[name], parameter.detach().cpu()), name
+
+
+def functional(model: nn.Module) -> Any:
+    """The model as a function of its parameters, as `torch.func` wants it."""
+    parameters = dict(model.named_parameters())
+    return parameters, lambda given: torch.func.functional_call(model, given, (a_row(),)).sum()
+
+
+TRANSFORMS = {
+    "grad of parameters": lambda model: len(torch.func.grad(functional(model)[1])(functional(model)[0])),
+    "grad of inputs": lambda model: torch.func.grad(lambda x: model(x).sum())(a_row()).shape,
+    "jvp": lambda model: torch.func.jvp(model, (a_row(),), (a_row(),))[1].shape,
+    "vmap": lambda model: torch.func.vmap(model)(a_row()).shape,
+    "hessian": lambda model: torch.func.hessian(lambda x: model(x).sum())(a_row()).shape,
+    "no saved-tensor hooks": lambda model: without_hooks(model),
+}
+
+
+def without_hooks(model: nn.Module) -> torch.Size:
+    """A forward where PyTorch forbids saved-tensor hooks."""
+    with torch.autograd.graph.disable_saved_tensors_hooks("none"):
+        return model(a_row()).shape
+
+
+@on_device(uvm_only=True)
+@pytest.mark.parametrize("what", sorted(TRANSFORMS))
+def test_transforms(what: str) -> None:
+    """torch.func's read the weights where they lie, and write no slot."""
+    model = linears()
+    expected = TRANSFORMS[what](model.cuda())
+    with torch_uvm.stream(model, device_bytes=4 * UNIT) as stream:
+        same(TRANSFORMS[what](model), expected)
+        same(stream.statistics().fetches, 0)
+        model(a_row())
+        assert stream.statistics().fetches > 0
+
+
+def exported(model: nn.Module) -> Any:
+    """As torch.export does it by default since 2.7."""
+    return torch.export.export(model, (a_square(),), strict=False).module()
+
+
+def made_fx(model: nn.Module) -> Any:
+    """A graph of ATen's operators."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(model)(a_square())
+
+
+TRACERS = {
+    "trace": lambda model: torch.jit.trace(model, (a_square(),), check_trace=False),
+    "export": exported,
+    "make_fx": made_fx,
+}
+
+
+@on_device(uvm_only=True, timeout=120)
+@pytest.mark.parametrize("what", sorted(TRACERS))
+def test_tracers(what: str) -> None:
+    """See the model's own forward. What they make holds no slot: it reads the weights where they lie, later changes too."""
+
+    class Copying(nn.Module):
+        """Its forward is one that the simulated device computes."""
+
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(contents(seed), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.copy_(self.weight)
+
+    model: Any = nn.Sequential(*(Copying(seed) for seed in range(5)))
+    x = a_square()
+    with torch_uvm.stream(model, device_bytes=3 * UNIT) as stream:
+        made = TRACERS[what](model)
+        same(stream.statistics().fetches, 0)
+        write(model, "4.weight", 44)
+        check(made(x), 44)
+        model(x)
+        assert stream.statistics().fetches > 0
+
+
+@on_device(uvm_only=True, timeout=120)
+def test_strict_export() -> None:
+    """Works or says why not, and what to do."""
+    model = linears()
+    with torch_uvm.stream(model, device_bytes=4 * UNIT):
+        try:
+            torch.export.export(model, (a_row(),), strict=True)
+        except Exception as error:
+            assert re.search(r"torch_uvm\.stream\(\).*strict=False", str(error)), error
+
+
+@on_device(uvm_only=True)
+def test_script() -> None:
+    """It reads source code: an error that says what to do."""
+    model = linears()
+    with torch_uvm.stream(model, device_bytes=4 * UNIT):
+        with pytest.raises(AttributeError, match=r"torch.jit.script cannot .* call remove\(\) first"):
+            torch.jit.script(model)
+        with pytest.raises(AttributeError, match=r"torch.jit.script cannot .* call remove\(\) first"):
+            torch.jit.script(model[1])
+    same(torch.jit.script(model)(a_row()).shape, (2, SIDE))
+
+
+@on_device(uvm_only=True)
+def test_the_forward_that_stands_in() -> None:
+    """Looks like the module's own to code that inspects it."""
+    model = linears()
+    signature, code = inspect.signature(model[0].forward), model[0].forward.__code__
+    with torch_uvm.stream(model, device_bytes=4 * UNIT):
+        forward = model[0].forward
+        same((inspect.signature(forward), forward.__code__, forward.__name__), (signature, code, "forward"))
+        assert forward.__self__ is model[0] and forward.__func__ is Linear.forward
+        with pytest.raises(AttributeError):
+            forward.something
+
+
+@on_device(uvm_only=True)
+@pytest.mark.parametrize("gradients", ["device", "host"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_that_is_dropped(gradients: str, trained: bool) -> None:
+    """Without remove(): its host memory is free at once, and not when cycles are collected."""
+    gc.collect()
+    gc.disable()
+    before = pinned_bytes()
+    model: Any = linears()
+    stream: Any = torch_uvm.stream(model, device_bytes=4 * UNIT, gradients=gradients)
+    assert pinned_bytes() > before
+    y = model(a_row())
+    if trained:
+        y.sum().backward()
+    twin: Any = copy.deepcopy(model)
+    dropped = weakref.ref(model), weakref.ref(twin), weakref.ref(stream)
+    del model, stream, twin, y
+    same([reference() for reference in dropped], [None] * 3)
+    same(pinned_bytes(), before)
+
+
 @on_device(uvm_only=True)
 def test_no_capture() -> None:
     """A graph would replay slots that hold something else by then."""
@@ -1067,6 +1257,31 @@ def test_what_is_refused() -> None:
     with torch_uvm.stream(model, device_bytes=3 * UNIT):
         with pytest.raises(RuntimeError, match="streams already"):
             torch_uvm.stream(model[1:], device_bytes=3 * UNIT)
+
+
+@on_device("use_uvm:True,uvm_device_limit_mb:{limit}", uvm_only=True)
+@pytest.mark.parametrize("limit", [2, 8])
+def test_how_much_would_do(limit: int) -> None:
+    """The error says it: with so much it works, and with 1 MiB less it does not."""
+    model = stack(6)
+    model.append(nn.Sequential(*stack(3)))
+    with pytest.raises(ValueError, match="device_bytes: .* is too little") as refused:
+        torch_uvm.stream(model, device_bytes=5)
+    needed = int(re.search(r"(\d+) MiB would do", str(refused.value))[1])  # type: ignore[index]
+    same(needed, 3)
+    with pytest.raises(ValueError, match="too little"):
+        torch_uvm.stream(model, device_bytes=(needed - 1) * MIB)
+    torch_uvm.stream(model, device_bytes=needed * MIB).remove()
+    model.to("cpu")
+    if limit == 8:
+        torch_uvm.stream(model).remove()
+        return
+    with pytest.raises(RuntimeError, match="too little") as too_low:
+        torch_uvm.stream(model)
+    enough = int(re.search(r"uvm_device_limit_mb to (\d+) or more", str(too_low.value))[1])  # type: ignore[index]
+    same(enough, 4)
+    torch.cuda.memory._set_allocator_settings(f"uvm_device_limit_mb:{enough}")
+    torch_uvm.stream(model).remove()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
