@@ -30,6 +30,8 @@ from ._unpickle import NotData, loads
 if TYPE_CHECKING:
     FileName = Union[str, "os.PathLike[str]"]
 
+#: The newest protocol of pickle that PyTorch's visualiser reads.
+PROTOCOL = 4
 #: The largest file that is read, in bytes: what is read takes some ten times as much, and a pipe may have no end.
 MOST_BYTES = 2 << 30
 PART_BYTES = 16 << 20
@@ -59,7 +61,7 @@ def dump_snapshot(filename: FileName = "dump_snapshot.pickle") -> None:
     if library is not None and library.enabled() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         snapshot[KEY] = _places(library)
     with open(filename, "wb") as file:
-        pickle.dump(snapshot, file)
+        pickle.dump(snapshot, file, protocol=PROTOCOL)
 
 
 def _places(library: Library) -> dict[str, Any]:

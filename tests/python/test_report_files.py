@@ -277,6 +277,17 @@ def test_every_protocol(protocol: int, tmp_path: Path) -> None:
     assert _snapshot.load(source) == wanted
 
 
+def test_what_is_written_is_protocol_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's visualiser reads no later one, and Python 3.14 writes a later one unless it is told."""
+    import torch
+
+    written: list[Any] = []
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", plain)
+    monkeypatch.setattr(pickle, "dump", lambda snapshot, file, protocol=None: written.append(protocol))
+    torch_uvm.dump_snapshot(tmp_path / "snapshot.pickle")
+    assert written == [4]
+
+
 def test_a_file_without_an_end(tmp_path: Path) -> None:
     """It is not read to its end."""
     status = bounded(lambda: __main__.main(["report", "/dev/zero", "-o", str(tmp_path / "page.html")]))
