@@ -1,4 +1,4 @@
-// The measured loops of `cargo xtask bench hotpath`. benches/hotpath.py compiles this file against the wheel's own
+// The measured loops of `cargo xtask bench hotpath`. benches/hotpath_loops.py compiles this file against the wheel's own
 // headers and calls it through ctypes, so that Python is outside the loops and both backends run the same machine code.
 //
 // The loops do what tensors do: `CUDACachingAllocator::get()->allocate(n)` returns a DataPtr, whose destructor frees

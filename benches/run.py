@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import backends
-import hotpath
+import hotpath_loops
 import processes
 import report
 import workloads
@@ -188,7 +188,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
         if "mempool" in chosen:
             libraries[backends.MANAGED_LIBRARY] = str(backends.compile_managed(WORK, options.cxx))
         if "hotpath" in of:
-            libraries[hotpath.LIBRARY] = str(hotpath.compile_loops(WORK, options.cxx, options.cuda_include))
+            libraries[hotpath_loops.LIBRARY] = str(hotpath_loops.compile_loops(WORK, options.cxx, options.cuda_include))
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
     environments = {name: worker_environment(BACKENDS[name], libraries) for name in chosen}

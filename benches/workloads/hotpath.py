@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-import hotpath
+import hotpath_loops
 from bench import Bench, Figure
 from limits import GIB
 
 TITLE = "hot path"
-FIGURES = {name: Figure(loop.title, "ns") for name, loop in hotpath.LOOPS.items()}
+FIGURES = {name: Figure(loop.title, "ns") for name, loop in hotpath_loops.LOOPS.items()}
 #: Nanoseconds are measured: nothing runs beside it.
 ALONE = True
 
@@ -25,10 +25,10 @@ def preload() -> None:
 
 def run(bench: Bench) -> None:
     """Every loop a few times; with --quick only those that hold little."""
-    loops = hotpath.load(os.environ[hotpath.LIBRARY])
-    names = [name for name, loop in hotpath.LOOPS.items() if loop.small or not bench.quick]
+    loops = hotpath_loops.load(os.environ[hotpath_loops.LIBRARY])
+    names = [name for name, loop in hotpath_loops.LOOPS.items() if loop.small or not bench.quick]
     with bench.allocations():
         for name in names:
             for sample in range(1 if bench.quick else 3):
-                bench.sample(name, hotpath.LOOPS[name].run(loops, sample, 100 if bench.quick else 1))
+                bench.sample(name, hotpath_loops.LOOPS[name].run(loops, sample, 100 if bench.quick else 1))
     bench.end_of_measurement()

@@ -140,7 +140,8 @@ fn pytorch(torch: &str, arguments: &[String]) -> Result<()> {
 /// `cargo xtask bench`: native and uvm in one run.
 pub fn bench_hotpath(torch: &str, arguments: &[String]) -> Result<ExitCode> {
     let ((environment, overlay), simulator) = (Environment::patched(torch)?, Simulator::prepare()?);
-    let mut driver = environment.python("benches/hotpath.py");
+    let mut driver = environment.python("benches/run.py");
+    driver.args(["--workloads", "hotpath", "--backends", "native,uvm", "--out", "target/bench/hotpath.json"]);
     driver.args(arguments).env(LIBRARIES_VARIABLE, simulator.libraries());
     driver.env(CUDA_INCLUDE_VARIABLE, std::env::join_paths(&overlay.cuda_include)?);
     eprintln!("==> bench hotpath: {}", process::line(&driver));

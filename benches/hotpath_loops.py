@@ -1,13 +1,7 @@
-#!/usr/bin/env python3
-"""The allocator's hot path: allocate and free in loops written in C++ (hotpath.cpp).
+"""The loops of the workload `hotpath`: allocate and free, written in C++ (hotpath.cpp), compiled and called from here.
 
-They are compiled against the installed torch. Run by `cargo xtask bench hotpath`, or by hand with the Python of an
-environment where `uvm` is there:
-
-    TORCH_UVM_SIM_LIB=DIR python benches/hotpath.py [--repeats 5] [--out target/bench/hotpath.json]
-
-which is `run.py --workloads hotpath --backends native,uvm` and takes the same options. Without `TORCH_UVM_SIM_LIB` (the
-simulated device's libraries) the machine's own GPU is used.
+They are compiled against the installed torch. `cargo xtask bench hotpath` measures them in the patched wheel, and
+`run.py --workloads hotpath --backends native,uvm` with any PyTorch.
 
 - `pair_4KiB`, `pair_4MiB`: allocate and free one block; nanoseconds a pair. `raw_pair_4KiB`: the same through
   raw_alloc.
@@ -23,7 +17,6 @@ import ctypes
 import importlib.util
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,15 +123,3 @@ def load(library: str) -> ctypes.CDLL:
         function = getattr(loops, name)
         function.argtypes, function.restype = arguments, ctypes.c_double
     return loops
-
-
-def main() -> None:
-    """What the module's first lines say."""
-    import run
-
-    out = run.WORK / "hotpath.json"
-    sys.exit(run.main(["--workloads", "hotpath", "--backends", "native,uvm", "--out", str(out), *sys.argv[1:]]))
-
-
-if __name__ == "__main__":
-    main()
