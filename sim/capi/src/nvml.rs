@@ -3,7 +3,7 @@
 //! NVML shows every device of the machine, whatever `CUDA_VISIBLE_DEVICES` says, and asking it initialises no CUDA:
 //! PyTorch counts devices by it in processes that fork later.
 
-use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::mem::size_of;
 
 use torch_uvm_sim::{Config, DeviceMemory};
@@ -21,6 +21,7 @@ const NOT_SUPPORTED: Status = 3;
 const NOT_FOUND: Status = 6;
 const INSUFFICIENT_SIZE: Status = 7;
 const DRIVER_NOT_LOADED: Status = 9;
+const ARGUMENT_VERSION_MISMATCH: Status = 25;
 const UNKNOWN: Status = 999;
 
 /// The first release of the driver that brought CUDA 13.0, which [`DRIVER_VERSION`] says.
@@ -59,6 +60,93 @@ pub struct MemoryV2 {
     reserved: u64,
     free: u64,
     used: u64,
+}
+
+/// `nvmlPciInfoExt_v1_t`.
+#[repr(C)]
+pub struct PciInfoExt {
+    version: c_uint,
+    domain: c_uint,
+    bus: c_uint,
+    device: c_uint,
+    device_id: c_uint,
+    subsystem_id: c_uint,
+    base_class: c_uint,
+    sub_class: c_uint,
+    bus_id: [c_char; 32],
+}
+
+/// `nvmlGpuFabricInfo_t`.
+#[repr(C)]
+pub struct FabricInfo {
+    cluster: [u8; 16],
+    status: Status,
+    clique: c_uint,
+    state: u8,
+}
+
+/// `nvmlGpuFabricInfo_v2_t`.
+#[repr(C)]
+pub struct FabricInfoV2 {
+    version: c_uint,
+    cluster: [u8; 16],
+    status: Status,
+    clique: c_uint,
+    state: u8,
+    health_mask: c_uint,
+}
+
+/// `nvmlGpuFabricInfo_v3_t`.
+#[repr(C)]
+pub struct FabricInfoV3 {
+    v2: FabricInfoV2,
+    health_summary: u8,
+}
+
+/// `NVML_GPU_FABRIC_STATE_NOT_SUPPORTED`: what the driver says of a device that no NVSwitch connects to others.
+const NO_FABRIC: u8 = 0;
+
+/// `nvmlTemperature_v1_t`.
+#[repr(C)]
+pub struct Temperature {
+    version: c_uint,
+    sensor: c_uint,
+    degrees: c_int,
+}
+
+/// `NVML_TEMPERATURE_GPU`, the only sensor.
+const GPU_SENSOR: c_uint = 0;
+/// A device that draws no power (`nvmlDeviceGetPowerUsage`) is as warm as its room.
+const ROOM_TEMPERATURE: c_uint = 20;
+
+/// `nvmlFieldValue_t`.
+#[repr(C)]
+pub struct FieldValue {
+    field: c_uint,
+    scope: c_uint,
+    timestamp: i64,
+    latency: i64,
+    kind: c_uint,
+    status: Status,
+    value: u64,
+}
+
+/// `nvmlConfComputeSystemState_t`.
+#[repr(C)]
+pub struct ConfComputeState {
+    environment: c_uint,
+    feature: c_uint,
+    developer_tools: c_uint,
+}
+
+/// `nvmlSystemConfComputeSettings_v1_t`.
+#[repr(C)]
+pub struct ConfComputeSettings {
+    version: c_uint,
+    environment: c_uint,
+    feature: c_uint,
+    developer_tools: c_uint,
+    several_gpus: c_uint,
 }
 
 /// `nvmlUtilization_t`.
@@ -174,6 +262,16 @@ unsafe fn read_text(text: *const c_char) -> Result<String, Status> {
 unsafe fn answer<T>(to: *mut T, value: T) -> Result<(), Status> {
     // SAFETY: this function's contract.
     unsafe { put(to, value) }.map_err(|_| INVALID_ARGUMENT)
+}
+
+/// The version word that a caller has put at the beginning of a `T`: its size, and the form's number in the highest byte.
+///
+/// # Safety
+/// `to` is null or valid for reading the word.
+unsafe fn asked<T>(to: *const c_void, form: usize) -> Result<c_uint, Status> {
+    // SAFETY: null or valid by this function's contract.
+    let version = *unsafe { to.cast::<c_uint>().as_ref() }.ok_or(INVALID_ARGUMENT)?;
+    if version as usize == size_of::<T>() | form << 24 { Ok(version) } else { Err(ARGUMENT_VERSION_MISMATCH) }
 }
 
 /// Bus, device and function of a PCI bus id of either length (`0000:01:00.0`, `00000000:01:00.0`), without the domain.
@@ -297,6 +395,107 @@ nvml! {
         })
     }
 
+    /// `nvmlDeviceGetPciInfoExt`: a 3D controller (3, 2).
+    fn nvmlDeviceGetPciInfoExt(device: Device, info: *mut PciInfoExt) {
+        let place = place(device)?;
+        let version = asked::<PciInfoExt>(info.cast(), 1)?;
+        answer(info, PciInfoExt {
+            version,
+            domain: 0,
+            bus: machine::bus_at(place) as c_uint,
+            device: 0,
+            device_id: 0,
+            subsystem_id: 0,
+            base_class: 3,
+            sub_class: 2,
+            bus_id: padded(&format!("0000{}", machine::bus_id_at(place))),
+        })
+    }
+
+    /// `nvmlDeviceGetGpuFabricInfo`.
+    fn nvmlDeviceGetGpuFabricInfo(device: Device, to: *mut FabricInfo) {
+        place(device)?;
+        answer(to, FabricInfo { cluster: [0; 16], status: SUCCESS, clique: 0, state: NO_FABRIC })
+    }
+
+    /// `nvmlDeviceGetGpuFabricInfoV`, its second and third form.
+    fn nvmlDeviceGetGpuFabricInfoV(device: Device, to: *mut c_void) {
+        place(device)?;
+        let v2 = |version| FabricInfoV2 {
+            version,
+            cluster: [0; 16],
+            status: SUCCESS,
+            clique: 0,
+            state: NO_FABRIC,
+            health_mask: 0,
+        };
+        if let Ok(version) = asked::<FabricInfoV2>(to, 2) {
+            return answer(to.cast(), v2(version));
+        }
+        let version = asked::<FabricInfoV3>(to, 3)?;
+        answer(to.cast(), FabricInfoV3 { v2: v2(version), health_summary: 0 })
+    }
+
+    /// `nvmlDeviceGetClockInfo`, in MHz: the clocks of the properties, always. Graphics and multiprocessors (0, 1), memory (2).
+    fn nvmlDeviceGetClockInfo(device: Device, kind: c_uint, clock: *mut c_uint) {
+        place(device)?;
+        let profile = config()?.profile;
+        let khz = match kind {
+            0 | 1 => profile.clock_khz,
+            2 => profile.memory_clock_khz,
+            3 => return Err(NOT_SUPPORTED), // The video engines, which a device need not have.
+            _ => return Err(INVALID_ARGUMENT),
+        };
+        answer(clock, khz as c_uint / 1000)
+    }
+
+    /// `nvmlDeviceGetTemperature`, in degrees Celsius.
+    fn nvmlDeviceGetTemperature(device: Device, sensor: c_uint, degrees: *mut c_uint) {
+        place(device)?;
+        if sensor != GPU_SENSOR {
+            return Err(INVALID_ARGUMENT);
+        }
+        answer(degrees, ROOM_TEMPERATURE)
+    }
+
+    /// `nvmlDeviceGetTemperatureV`.
+    fn nvmlDeviceGetTemperatureV(device: Device, to: *mut Temperature) {
+        place(device)?;
+        let version = asked::<Temperature>(to.cast(), 1)?;
+        let sensor = to.as_ref().ok_or(INVALID_ARGUMENT)?.sensor;
+        if sensor != GPU_SENSOR {
+            return Err(INVALID_ARGUMENT);
+        }
+        answer(to, Temperature { version, sensor, degrees: ROOM_TEMPERATURE as c_int })
+    }
+
+    /// `nvmlDeviceGetPowerUsage`, in milliwatts: kernels do nothing.
+    fn nvmlDeviceGetPowerUsage(device: Device, milliwatts: *mut c_uint) {
+        place(device)?;
+        answer(milliwatts, 0)
+    }
+
+    /// `nvmlDeviceGetFieldValues`: the call succeeds and each field says for itself that it is not supported, as NVML does.
+    fn nvmlDeviceGetFieldValues(device: Device, count: c_int, values: *mut FieldValue) {
+        place(device)?;
+        let count = usize::try_from(count).ok().filter(|count| *count > 0 && !values.is_null());
+        for at in 0..count.ok_or(INVALID_ARGUMENT)? {
+            (*values.add(at)).status = NOT_SUPPORTED;
+        }
+        Ok(())
+    }
+
+    /// `nvmlSystemGetConfComputeState`: no confidential computing.
+    fn nvmlSystemGetConfComputeState(to: *mut ConfComputeState) {
+        answer(to, ConfComputeState { environment: 0, feature: 0, developer_tools: 0 })
+    }
+
+    /// `nvmlSystemGetConfComputeSettings`.
+    fn nvmlSystemGetConfComputeSettings(to: *mut ConfComputeSettings) {
+        let version = asked::<ConfComputeSettings>(to.cast(), 1)?;
+        answer(to, ConfComputeSettings { version, environment: 0, feature: 0, developer_tools: 0, several_gpus: 0 })
+    }
+
     /// `nvmlDeviceGetCudaComputeCapability`.
     fn nvmlDeviceGetCudaComputeCapability(device: Device, major: *mut c_int, minor: *mut c_int) {
         place(device)?;
@@ -315,10 +514,7 @@ nvml! {
     /// `nvmlDeviceGetMemoryInfo_v2`.
     fn nvmlDeviceGetMemoryInfo_v2(device: Device, to: *mut MemoryV2) {
         let DeviceMemory { total, free } = memory(device)?;
-        let version = (size_of::<MemoryV2>() | 2 << 24) as c_uint;
-        if to.as_ref().is_none_or(|to| to.version != version) {
-            return Err(INVALID_ARGUMENT);
-        }
+        let version = asked::<MemoryV2>(to.cast(), 2)?;
         answer(to, MemoryV2 { version, total, reserved: 0, free, used: total - free })
     }
 
@@ -409,13 +605,14 @@ pub extern "C" fn nvmlErrorString(status: Status) -> *const c_char {
         NOT_FOUND => c"Not Found",
         INSUFFICIENT_SIZE => c"Insufficient Size",
         DRIVER_NOT_LOADED => c"Driver Not Loaded",
+        ARGUMENT_VERSION_MISMATCH => c"Argument Version Mismatch",
         _ => c"Unknown Error",
     };
     text.as_ptr()
 }
 
-/// What is here to be found, but tells nothing: there are no links, no fabric, no sensors. The arguments are not looked at, which
-/// in C's calling convention the caller does not notice.
+/// What real drivers answer so, too: for a device without NVLink, for one whose PCIe link they do not tell (GB10), for one before
+/// Blackwell (the platform). The arguments are not looked at, which in C's calling convention the caller does not notice.
 macro_rules! not_supported {
     ($($name:ident,)*) => {$(
         #[doc = concat!("`", stringify!($name), "`: not supported.")]
@@ -427,12 +624,9 @@ macro_rules! not_supported {
 }
 
 not_supported! {
-    nvmlDeviceGetClockInfo, nvmlDeviceGetCurrPcieLinkGeneration, nvmlDeviceGetCurrPcieLinkWidth,
-    nvmlDeviceGetFieldValues, nvmlDeviceGetGpuFabricInfo, nvmlDeviceGetGpuFabricInfoV, nvmlDeviceGetNvLinkCapability,
+    nvmlDeviceGetCurrPcieLinkGeneration, nvmlDeviceGetCurrPcieLinkWidth, nvmlDeviceGetNvLinkCapability,
     nvmlDeviceGetNvLinkRemoteDeviceType, nvmlDeviceGetNvLinkRemotePciInfo, nvmlDeviceGetNvLinkRemotePciInfo_v2,
-    nvmlDeviceGetNvLinkState, nvmlDeviceGetPcieLinkMaxSpeed, nvmlDeviceGetPciInfoExt, nvmlDeviceGetPlatformInfo,
-    nvmlDeviceGetPowerUsage, nvmlDeviceGetTemperature, nvmlDeviceGetTemperatureV, nvmlSystemGetConfComputeSettings,
-    nvmlSystemGetConfComputeState,
+    nvmlDeviceGetNvLinkState, nvmlDeviceGetPcieLinkMaxSpeed, nvmlDeviceGetPlatformInfo,
 }
 
 #[cfg(test)]
@@ -443,6 +637,13 @@ mod tests {
     fn bus_ids_of_both_lengths_are_one() {
         assert_eq!(bus_address("0000:0a:00.0"), "0A:00.0");
         assert_eq!(bus_address("00000000:0A:00.0"), "0A:00.0");
+    }
+
+    #[test]
+    fn structs_are_as_large_as_nvml_has_them() {
+        assert_eq!((size_of::<FabricInfo>(), size_of::<FabricInfoV2>(), size_of::<FabricInfoV3>()), (28, 36, 40));
+        assert_eq!((size_of::<PciInfoExt>(), size_of::<Temperature>(), size_of::<FieldValue>()), (64, 12, 40));
+        assert_eq!((size_of::<ConfComputeState>(), size_of::<ConfComputeSettings>()), (12, 20));
     }
 
     #[test]

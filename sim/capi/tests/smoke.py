@@ -219,7 +219,32 @@ def the_management_library_agrees():
     assert nvml.nvmlDeviceGetComputeRunningProcesses(device, ctypes.byref(found), None) == 7 and found.value == 1
     assert nvml.nvmlDeviceGetComputeRunningProcesses(device, ctypes.byref(found), processes) == 0
     assert processes[0] & 0xFFFFFFFF == os.getpid() and processes[1] == total - free
-    assert nvml.nvmlDeviceGetGpuFabricInfoV(device, None) == 3
+    assert nvml.nvmlDeviceGetNvLinkState(device, 0, ctypes.byref(count)) == 3, "there are no links"
+
+
+@test
+def the_management_library_answers_where_every_driver_does():
+    nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    assert nvml.nvmlInit_v2() == 0
+    device, value = ctypes.c_void_p(), ctypes.c_uint()
+    assert nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)) == 0
+    for form, words in ((2, 9), (3, 10)):
+        fabric = (ctypes.c_uint * words)(*[0xFFFF] * words)
+        assert nvml.nvmlDeviceGetGpuFabricInfoV(device, fabric) == 25, "a version that there is not"
+        fabric[0] = 4 * words | form << 24
+        assert nvml.nvmlDeviceGetGpuFabricInfoV(device, fabric) == 0
+        status, clique, state = fabric[5], fabric[6], fabric[7] & 0xFF
+        assert (status, clique, state) == (0, 0, 0), "not supported, says the answer, and not the call"
+    assert nvml.nvmlDeviceGetGpuFabricInfoV(device, None) == 2
+    for kind in (0, 1, 2):
+        assert nvml.nvmlDeviceGetClockInfo(device, kind, ctypes.byref(value)) == 0 and value.value > 100, kind
+    assert nvml.nvmlDeviceGetTemperature(device, 0, ctypes.byref(value)) == 0 and 0 < value.value < 100
+    assert nvml.nvmlDeviceGetPowerUsage(device, ctypes.byref(value)) == 0
+    fields = (ctypes.c_uint64 * 10)(82, 0, 0, 0, 0, 91, 0, 0, 0, 0)
+    assert nvml.nvmlDeviceGetFieldValues(device, 2, fields) == 0
+    assert [fields[at] >> 32 for at in (3, 8)] == [3, 3], "each for itself"
+    state = (ctypes.c_uint * 3)(7, 7, 7)
+    assert nvml.nvmlSystemGetConfComputeState(state) == 0 and list(state) == [0, 0, 0]
 
 
 @test
@@ -397,7 +422,34 @@ blocks = [a.cuda() for _ in range(80)]
 assert all(torch.equal(b.cpu(), a) for b in blocks)
 segments = torch.cuda.memory_snapshot()
 assert any(s["is_expandable"] for s in segments), segments
-del blocks
+free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+# The middle goes back to the device, the rest keeps its contents and its addresses.
+del blocks[20:60]
+torch.cuda.empty_cache()
+gone = reserved - torch.cuda.memory_reserved()
+assert gone >= 36 << 20 and torch.cuda.mem_get_info()[0] - free == gone, (gone, torch.cuda.mem_get_info(), free)
+blocks += [a.cuda() for _ in range(40)]
+large = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+assert all(torch.equal(b.cpu(), a) for b in blocks)
+# Segments grow while a graph is captured; another stream has segments of its own.
+side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+with torch.cuda.stream(side):
+    beside = blocks[0].clone()
+torch.cuda.synchronize()
+with torch.cuda.graph(graph):
+    copies = [blocks[0].clone() for _ in range(40)]
+graph.replay()
+torch.cuda.synchronize()
+assert all(torch.equal(b.cpu(), a) for b in [beside, *copies])
+graph.reset()
+try:
+    torch.empty(4 * torch.cuda.mem_get_info()[1], dtype=torch.uint8, device="cuda")
+except torch.cuda.OutOfMemoryError:
+    pass
+else:
+    raise AssertionError("four times the device's memory")
+del blocks, large, beside, copies, graph
+torch.cuda.synchronize()
 torch.cuda.empty_cache()
 print(torch.cuda.memory_reserved())
 """
