@@ -1,5 +1,6 @@
 //! The words of the machine's interface that are not the allocator's own (`torch_uvm::driver`).
 
+use serde::Serialize;
 use std::sync::Arc;
 use torch_uvm::driver::{DeviceIndex, DevicePtr, Event, Location, Range, Stream};
 
@@ -184,7 +185,7 @@ pub struct Residency {
 }
 
 /// What has happened, since the machine began or since [`crate::Machine::reset_counters`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct Counters {
     /// Groups of faults served for devices (one for each 2 MiB page touched without being there).
     pub device_faults: u64,
@@ -222,7 +223,7 @@ pub struct Counters {
 }
 
 /// What one cause has moved between places, and the time that took by the profile's [`Costs`](crate::profile::Costs).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct Moved {
     /// How many copies, or pages (of 2 MiB, the last of an allocation may be smaller).
     pub count: u64,
@@ -237,7 +238,7 @@ pub struct Moved {
 }
 
 /// What has crossed a link, by its cause.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct Traffic {
     /// Copies that the program asked for, between host memory and a device's, or between devices. What a copy makes of
     /// managed pages that are elsewhere is counted below besides.
@@ -253,7 +254,7 @@ pub struct Traffic {
 }
 
 /// Fresh pages zero-filled by one cause.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct Filled {
     /// Bytes on devices.
     pub bytes_device: u64,
@@ -264,7 +265,7 @@ pub struct Filled {
 }
 
 /// How pages got their first memory.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct Populated {
     /// By a prefetch.
     pub prefetches: Filled,
@@ -273,7 +274,7 @@ pub struct Populated {
 }
 
 /// The most memory in use at one place, in bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct Peak {
     /// Managed pages.
     pub managed: u64,
@@ -284,7 +285,7 @@ pub struct Peak {
 }
 
 /// The most memory in use, since the machine began or since [`crate::Machine::reset_counters`].
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct Peaks {
     /// Of each device.
     pub devices: Vec<Peak>,

@@ -8,10 +8,10 @@ use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
-use crate::entry::{Outcome, put, put_optional};
 use crate::errors::code;
 use crate::machine::{Handle, machine};
-use crate::runtime::launch::launch;
+use crate::ops::launch;
+use crate::outcome::{Outcome, put, put_optional};
 
 /// `cublasStatus_t`.
 type Status = c_int;

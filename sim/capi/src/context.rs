@@ -6,8 +6,8 @@ use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use crate::entry::Outcome;
 use crate::errors::code;
+use crate::outcome::Outcome;
 
 /// The most devices that a simulated machine has.
 pub const MAX_DEVICES: usize = 64;

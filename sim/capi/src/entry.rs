@@ -4,43 +4,11 @@
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use torch_uvm_sim::SimError;
-
-use crate::error_logs;
 use crate::errors::{Code, code};
+use crate::listeners;
 use crate::log;
+use crate::outcome::{Failure, Outcome};
 use crate::report;
-
-/// Why an entry point fails: the number that CUDA returns, and for the log what the engine says.
-#[derive(Debug)]
-pub struct Failure {
-    pub code: Code,
-    detail: Option<String>,
-    /// Whether the log has been told already.
-    told: bool,
-}
-
-impl Failure {
-    /// A failure that the log knows of.
-    pub fn told(code: Code) -> Self {
-        Failure { code, detail: None, told: true }
-    }
-}
-
-impl From<Code> for Failure {
-    fn from(code: Code) -> Self {
-        Failure { code, detail: None, told: false }
-    }
-}
-
-impl From<SimError> for Failure {
-    fn from(error: SimError) -> Self {
-        Failure { code: error.code.0, detail: Some(error.to_string()), told: false }
-    }
-}
-
-/// What the body of an entry point gives.
-pub type Outcome<T = ()> = Result<T, Failure>;
 
 thread_local! {
     static LAST_ERROR: Cell<Code> = const { Cell::new(code::SUCCESS) };
@@ -59,7 +27,7 @@ fn run(name: &str, body: impl FnOnce() -> Outcome) -> Code {
                 if !told {
                     log::line(&text);
                 }
-                error_logs::tell(&text);
+                listeners::tell(&text);
             }
             code
         }
@@ -89,35 +57,22 @@ pub fn last_error(take: bool) -> Code {
     if take { LAST_ERROR.replace(code::SUCCESS) } else { LAST_ERROR.get() }
 }
 
-/// Stores what an entry point answers; a null pointer is an invalid value.
-///
-/// # Safety
-/// `to` is null or valid for writing a `T`.
-pub unsafe fn put<T>(to: *mut T, value: T) -> Outcome {
-    if to.is_null() {
-        Err(code::INVALID_VALUE)?;
-    }
-    // SAFETY: not null, and valid by this function's contract. Unaligned because C callers cast.
-    unsafe { to.write_unaligned(value) };
-    Ok(())
-}
-
-/// Stores an answer that the caller may not want.
-///
-/// # Safety
-/// As [`put`].
-pub unsafe fn put_optional<T>(to: *mut T, value: T) {
-    if !to.is_null() {
-        // SAFETY: as in `put`.
-        unsafe { to.write_unaligned(value) };
-    }
-}
-
-/// Defines exported entry points. The first word says which API's rules hold (`runtime` or `driver`); the bodies are
-/// closures that give an [`Outcome`].
+/// Defines exported entry points. The first word says which API's rules hold: `driver`, `runtime`, or `both`, where one body
+/// serves functions of both APIs (`fn cuX = cudaX: (…) { … }`; each side may have several names). The bodies are closures that give
+/// an [`Outcome`].
 ///
 /// Every body is `unsafe` in the same way: what C hands over is as the CUDA manual's entry of that name says.
 macro_rules! entry_points {
+    (both; $(
+        $(#[$doc:meta])*
+        fn $($driver:ident),+ = $($runtime:ident),+: $params:tt $body:block
+    )*) => {$(
+        $($crate::entry::entry_points! { @one driver $driver $params $body })+
+        $($crate::entry::entry_points! { @one runtime $runtime $params $body })+
+    )*};
+    (@one $api:ident $name:ident $params:tt $body:block) => {
+        $crate::entry::entry_points! { $api; #[doc = concat!("`", stringify!($name), "`.")] fn $name $params $body }
+    };
     ($api:ident; $($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $body:block)*) => {$(
         $(#[$doc])*
         ///

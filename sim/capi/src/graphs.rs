@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fmt::Write;
 use std::ptr::null_mut;
 use std::slice;
@@ -10,10 +10,11 @@ use std::slice;
 use torch_uvm_sim::{GraphId, GraphNode, NodeKind};
 
 use crate::context;
-use crate::entry::{Outcome, put, put_optional};
+use crate::entry::entry_points;
 use crate::errors::code;
 use crate::machine::{Handle, chip, exec, graph, machine, stream};
 use crate::ops;
+use crate::outcome::{Outcome, put, put_optional};
 
 /// A node's handle holds its graph and its place in it: a node is only ever looked up. A graph's number has 47 bits, the
 /// last of them 0: what is left of 64 is for the place.
@@ -205,7 +206,7 @@ unsafe fn put_list(items: &[Handle], array: *mut Handle, count: *mut usize) -> O
 ///
 /// # Safety
 /// As [`put_list`].
-pub unsafe fn nodes(what: Handle, roots_only: bool, array: *mut Handle, count: *mut usize) -> Outcome {
+pub unsafe fn list_nodes(what: Handle, roots_only: bool, array: *mut Handle, count: *mut usize) -> Outcome {
     let nodes = machine()?.graph_nodes(graph(what))?;
     let wanted = nodes.iter().enumerate().filter(|(_, node)| !roots_only || node.dependencies.is_empty());
     let handles: Vec<_> = wanted.map(|(place, _)| node_handle(graph(what), place)).collect();
@@ -217,7 +218,7 @@ pub unsafe fn nodes(what: Handle, roots_only: bool, array: *mut Handle, count: *
 ///
 /// # Safety
 /// As [`put_list`].
-pub unsafe fn edges(what: Handle, from: *mut Handle, to: *mut Handle, count: *mut usize) -> Outcome {
+pub unsafe fn list_edges(what: Handle, from: *mut Handle, to: *mut Handle, count: *mut usize) -> Outcome {
     let (mut sources, mut targets) = (Vec::new(), Vec::new());
     for (place, node) in machine()?.graph_nodes(graph(what))?.iter().enumerate() {
         for dependency in &node.dependencies {
@@ -280,4 +281,151 @@ pub unsafe fn dot_print(what: Handle, path: *const c_char) -> Outcome {
     }
     text.push_str("}\n");
     Ok(std::fs::write(path, text).map_err(|_| code::OPERATING_SYSTEM)?)
+}
+
+entry_points! { both;
+    /// `cuStreamBeginCapture_v2`.
+    fn cuStreamBeginCapture_v2 = cudaStreamBeginCapture: (on: Handle, mode: c_int) { begin_capture(on, mode) }
+
+    /// `cuStreamEndCapture`.
+    fn cuStreamEndCapture = cudaStreamEndCapture: (on: Handle, graph: *mut Handle) {
+        match end_capture(on) {
+            Ok(captured) => put(graph, captured),
+            Err(failure) => {
+                put(graph, null_mut())?;
+                Err(failure)
+            }
+        }
+    }
+
+    /// `cuStreamIsCapturing`.
+    fn cuStreamIsCapturing = cudaStreamIsCapturing: (on: Handle, status: *mut c_int) { put(status, capture_status(on)?) }
+
+    /// `cuThreadExchangeStreamCaptureMode`.
+    fn cuThreadExchangeStreamCaptureMode = cudaThreadExchangeStreamCaptureMode: (mode: *mut c_int) { exchange_capture_mode(mode) }
+
+    /// `cuStreamGetCaptureInfo`, the form of CUDA 10.1.
+    fn cuStreamGetCaptureInfo = uvmsim_rt12_cudaStreamGetCaptureInfo: (on: Handle, status: *mut c_int, id: *mut u64) {
+        let (graph, dependencies, edges, count) = (null_mut(), null_mut(), null_mut(), null_mut());
+        capture_info(on, &CaptureAnswers { status, id, graph, dependencies, edges, count })
+    }
+
+    /// `cuStreamGetCaptureInfo_v2`.
+    fn cuStreamGetCaptureInfo_v2 = cudaStreamGetCaptureInfo_v2: (
+        on: Handle, status: *mut c_int, id: *mut u64, graph: *mut Handle, dependencies: *mut *const Handle,
+        count: *mut usize,
+    ) { capture_info(on, &CaptureAnswers { status, id, graph, dependencies, edges: null_mut(), count }) }
+
+    /// `cuStreamGetCaptureInfo_v3`.
+    fn cuStreamGetCaptureInfo_v3 = cudaStreamGetCaptureInfo_v3, uvmsim_rt13_cudaStreamGetCaptureInfo: (
+        on: Handle, status: *mut c_int, id: *mut u64, graph: *mut Handle, dependencies: *mut *const Handle,
+        edges: *mut *const u8, count: *mut usize,
+    ) { capture_info(on, &CaptureAnswers { status, id, graph, dependencies, edges, count }) }
+
+    /// `cuStreamUpdateCaptureDependencies`, the form before CUDA 12.3.
+    fn cuStreamUpdateCaptureDependencies = uvmsim_rt12_cudaStreamUpdateCaptureDependencies: (on: Handle, nodes: *mut Handle, count: usize, flags: c_uint) {
+        update_capture_dependencies(on, nodes, count, flags)
+    }
+
+    /// `cuStreamUpdateCaptureDependencies_v2`; edges here carry no data.
+    fn cuStreamUpdateCaptureDependencies_v2 = cudaStreamUpdateCaptureDependencies_v2, uvmsim_rt13_cudaStreamUpdateCaptureDependencies: (
+        on: Handle, nodes: *mut Handle, _data: *mut c_void, count: usize, flags: c_uint,
+    ) { update_capture_dependencies(on, nodes, count, flags) }
+
+    /// `cuDeviceGetGraphMemAttribute`: graphs here have no memory of their own.
+    fn cuDeviceGetGraphMemAttribute = cudaDeviceGetGraphMemAttribute: (device: c_int, attribute: c_int, value: *mut u64) {
+        memory_attribute(device, attribute)?;
+        put(value, 0)
+    }
+
+    /// `cuDeviceSetGraphMemAttribute`: sets high marks (1, 3) back.
+    fn cuDeviceSetGraphMemAttribute = cudaDeviceSetGraphMemAttribute: (device: c_int, attribute: c_int, _value: *const u64) {
+        memory_attribute(device, attribute)
+    }
+
+    /// `cuDeviceGraphMemTrim`.
+    fn cuDeviceGraphMemTrim = cudaDeviceGraphMemTrim: (device: c_int) { chip(device).map(drop) }
+
+    /// `cuGraphCreate`.
+    fn cuGraphCreate = cudaGraphCreate: (graph: *mut Handle, _flags: c_uint) { put(graph, machine()?.graph_create()?.0 as Handle) }
+
+    /// `cuGraphDestroy`.
+    fn cuGraphDestroy = cudaGraphDestroy: (graph: Handle) { destroy(graph) }
+
+    /// `cuGraphInstantiateWithFlags`.
+    fn cuGraphInstantiateWithFlags = cudaGraphInstantiate, cudaGraphInstantiateWithFlags: (exec: *mut Handle, graph: Handle, _flags: u64) {
+        put(exec, instantiate(graph)?)
+    }
+
+    /// `cuGraphInstantiateWithParams`.
+    fn cuGraphInstantiateWithParams = cudaGraphInstantiateWithParams: (exec: *mut Handle, graph: Handle, params: *mut InstantiateParams) {
+        put(exec, instantiate_with(graph, params)?)
+    }
+
+    /// `cuGraphUpload`: there is nothing to upload.
+    fn cuGraphUpload = cudaGraphUpload: (_exec: Handle, _on: Handle) { machine().map(drop) }
+
+    /// `cuGraphLaunch`.
+    fn cuGraphLaunch = cudaGraphLaunch: (exec: Handle, on: Handle) { launch(exec, on) }
+
+    /// `cuGraphExecDestroy`.
+    fn cuGraphExecDestroy = cudaGraphExecDestroy: (exec: Handle) { destroy_exec(exec) }
+
+    /// `cuGraphGetNodes`.
+    fn cuGraphGetNodes = cudaGraphGetNodes: (graph: Handle, nodes: *mut Handle, count: *mut usize) {
+        list_nodes(graph, false, nodes, count)
+    }
+
+    /// `cuGraphGetRootNodes`.
+    fn cuGraphGetRootNodes = cudaGraphGetRootNodes: (graph: Handle, nodes: *mut Handle, count: *mut usize) {
+        list_nodes(graph, true, nodes, count)
+    }
+
+    /// `cuGraphGetEdges`.
+    fn cuGraphGetEdges = uvmsim_rt12_cudaGraphGetEdges: (graph: Handle, from: *mut Handle, to: *mut Handle, count: *mut usize) {
+        list_edges(graph, from, to, count)
+    }
+
+    /// `cuGraphGetEdges_v2`; edges here carry no data.
+    fn cuGraphGetEdges_v2 = cudaGraphGetEdges_v2, uvmsim_rt13_cudaGraphGetEdges: (graph: Handle, from: *mut Handle, to: *mut Handle, _data: *mut c_void, count: *mut usize) {
+        list_edges(graph, from, to, count)
+    }
+
+    /// `cuGraphNodeGetDependencies`.
+    fn cuGraphNodeGetDependencies = uvmsim_rt12_cudaGraphNodeGetDependencies: (node: Handle, nodes: *mut Handle, count: *mut usize) {
+        neighbours(node, false, nodes, count)
+    }
+
+    /// `cuGraphNodeGetDependencies_v2`; edges here carry no data.
+    fn cuGraphNodeGetDependencies_v2 = cudaGraphNodeGetDependencies_v2, uvmsim_rt13_cudaGraphNodeGetDependencies: (node: Handle, nodes: *mut Handle, _data: *mut c_void, count: *mut usize) {
+        neighbours(node, false, nodes, count)
+    }
+
+    /// `cuGraphNodeGetDependentNodes`.
+    fn cuGraphNodeGetDependentNodes = uvmsim_rt12_cudaGraphNodeGetDependentNodes: (node: Handle, nodes: *mut Handle, count: *mut usize) {
+        neighbours(node, true, nodes, count)
+    }
+
+    /// `cuGraphNodeGetDependentNodes_v2`; edges here carry no data.
+    fn cuGraphNodeGetDependentNodes_v2 = cudaGraphNodeGetDependentNodes_v2, uvmsim_rt13_cudaGraphNodeGetDependentNodes: (node: Handle, nodes: *mut Handle, _data: *mut c_void, count: *mut usize) {
+        neighbours(node, true, nodes, count)
+    }
+
+    /// `cuGraphNodeGetType`.
+    fn cuGraphNodeGetType = cudaGraphNodeGetType: (node: Handle, kind: *mut c_int) { put(kind, node_type(node)?) }
+
+    /// `cuGraphDebugDotPrint`.
+    fn cuGraphDebugDotPrint = cudaGraphDebugDotPrint: (graph: Handle, path: *const c_char, _flags: c_uint) { dot_print(graph, path) }
+}
+
+entry_points! { driver;
+    /// `cuGraphInstantiate`, the form of CUDA 10, whose arguments are those of `_v2`.
+    fn cuGraphInstantiate(
+        exec: *mut Handle, graph: Handle, _node: *mut Handle, _log: *mut c_char, _bytes: usize,
+    ) { put(exec, instantiate(graph)?) }
+
+    /// `cuGraphInstantiate_v2`, the form before CUDA 12.
+    fn cuGraphInstantiate_v2(
+        exec: *mut Handle, graph: Handle, _node: *mut Handle, _log: *mut c_char, _bytes: usize,
+    ) { put(exec, instantiate(graph)?) }
 }

@@ -4,13 +4,15 @@ use std::ffi::{c_uint, c_void};
 use std::sync::Arc;
 
 use crate::context;
-use crate::entry::Outcome;
-use crate::errors::code;
+use crate::errors::{Code, code};
 use crate::machine::{Handle, machine, stream};
-use crate::runtime::streams::StreamCallback;
+use crate::outcome::Outcome;
 
 /// `cudaHostFn_t` and `CUhostFn`.
 pub type HostFunction = Option<unsafe extern "C" fn(*mut c_void)>;
+
+/// `cudaStreamCallback_t` and `CUstreamCallback`.
+pub type StreamCallback = Option<unsafe extern "C" fn(Handle, Code, *mut c_void)>;
 
 /// A pointer that the caller has said another thread may have.
 struct Shared(*mut c_void);

@@ -15,6 +15,7 @@
 
 mod blas;
 mod context;
+mod devices;
 mod driver;
 mod entry;
 mod error_logs;
@@ -23,12 +24,27 @@ mod errors;
 mod fault_names;
 mod graphs;
 mod host_functions;
+mod listeners;
 mod log;
 mod machine;
+mod memory;
 mod nvml;
 mod ops;
+mod outcome;
 mod pools;
+mod process;
 mod properties;
 mod report;
 mod runtime;
+mod streams;
 mod unsupported;
+
+/// Runs when the library is loaded, before any thread exists.
+extern "C" fn on_load() {
+    machine::prepare(report::start);
+    process::watch_forks();
+}
+
+#[used]
+#[unsafe(link_section = ".init_array")]
+static ON_LOAD: extern "C" fn() = on_load;

@@ -6,17 +6,16 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use torch_uvm_sim::{
     Config, DeviceMemory, DevicePtr, Event, GraphExecId, GraphId, HostMemory, Machine, Profile, Stream,
 };
 
 use crate::context;
-use crate::entry::Outcome;
 use crate::errors::code;
 use crate::log;
-use crate::report;
+use crate::outcome::Outcome;
+use crate::process;
 
 /// A stream, event, graph … as C sees it.
 pub type Handle = *mut c_void;
@@ -33,28 +32,17 @@ static MACHINE: OnceLock<Option<Machine>> = OnceLock::new();
 /// these.
 static VISIBLE: OnceLock<Vec<i32>> = OnceLock::new();
 static MEMINFO_FILE: OnceLock<File> = OnceLock::new();
-/// Whether this process has used the machine; and whether it is a child, forked by one that had.
-static USED: AtomicBool = AtomicBool::new(false);
-static ORPHANED: AtomicBool = AtomicBool::new(false);
+/// Whom to tell of the machine when there is one.
+static STARTED: OnceLock<fn(&Machine)> = OnceLock::new();
 
 /// The machine. Fails, as CUDA does, in a child forked after CUDA's first use, and where the environment describes no
 /// machine that can be simulated.
 pub fn machine() -> Outcome<&'static Machine> {
-    if ORPHANED.load(Relaxed) {
+    if process::is_orphaned() {
         Err(code::NOT_INITIALIZED)?;
     }
-    USED.store(true, Relaxed);
+    process::use_cuda();
     Ok(MACHINE.get_or_init(start).as_ref().ok_or(code::NO_DEVICE)?)
-}
-
-/// Whether CUDA is initialised in this process.
-pub fn is_used() -> bool {
-    USED.load(Relaxed)
-}
-
-/// Whether this process is a child that was forked after CUDA's first use.
-pub fn is_orphaned() -> bool {
-    ORPHANED.load(Relaxed)
 }
 
 fn start() -> Option<Machine> {
@@ -79,7 +67,9 @@ fn start() -> Option<Machine> {
             let _ = write_meminfo(file, memory);
         }
     });
-    report::start(&machine);
+    if let Some(started) = STARTED.get() {
+        started(&machine);
+    }
     Some(machine)
 }
 
@@ -131,35 +121,26 @@ fn write_meminfo(file: &File, memory: HostMemory) -> io::Result<()> {
     file.write_all_at(text.as_bytes(), 0)
 }
 
-/// Runs when the library is loaded, before any thread exists: afterwards the environment could not be changed safely.
-extern "C" fn on_load() {
+/// Has `started` called with the machine when there is one, and shows the host's memory to whoever looks for it. To be called when
+/// the library is loaded, before any thread exists: afterwards the environment could not be changed safely.
+pub fn prepare(started: fn(&Machine)) {
+    let _ = STARTED.set(started);
     // SAFETY: a plain system call with a C string.
     let descriptor = unsafe { libc::memfd_create(c"torch-uvm-sim-meminfo".as_ptr(), libc::MFD_CLOEXEC) };
-    if descriptor >= 0 {
-        // SAFETY: the descriptor is new and ours alone.
-        let file = unsafe { File::from_raw_fd(descriptor) };
-        if let Ok(config) = Config::from_env() {
-            let host = config.profile.host_memory;
-            if write_meminfo(&file, HostMemory { total: host, available: host }).is_ok() {
-                // SAFETY: library constructors run before `main` and before other threads.
-                unsafe { std::env::set_var(MEMINFO, format!("/proc/self/fd/{}", file.as_raw_fd())) };
-                let _ = MEMINFO_FILE.set(file);
-            }
+    if descriptor < 0 {
+        return;
+    }
+    // SAFETY: the descriptor is new and ours alone.
+    let file = unsafe { File::from_raw_fd(descriptor) };
+    if let Ok(config) = Config::from_env() {
+        let host = config.profile.host_memory;
+        if write_meminfo(&file, HostMemory { total: host, available: host }).is_ok() {
+            // SAFETY: library constructors run before `main` and before other threads.
+            unsafe { std::env::set_var(MEMINFO, format!("/proc/self/fd/{}", file.as_raw_fd())) };
+            let _ = MEMINFO_FILE.set(file);
         }
     }
-    extern "C" fn in_child() {
-        // The engine's threads did not come along, and its locks may be held for ever.
-        if USED.load(Relaxed) {
-            ORPHANED.store(true, Relaxed);
-        }
-    }
-    // SAFETY: the handler only touches atomics, which is allowed after fork.
-    unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
 }
-
-#[used]
-#[unsafe(link_section = ".init_array")]
-static ON_LOAD: extern "C" fn() = on_load;
 
 /// The PCI bus of the device at a place in the machine.
 pub fn bus_at(place: i32) -> i32 {
@@ -173,7 +154,7 @@ pub fn bus_id_at(place: i32) -> String {
 
 /// The memory of the device at a place in the machine; `None` where this process does not use that device. Starts nothing.
 pub fn memory_at(place: i32) -> Option<DeviceMemory> {
-    if ORPHANED.load(Relaxed) {
+    if process::is_orphaned() {
         return None;
     }
     let device = VISIBLE.get()?.iter().position(|visible| *visible == place)?;
@@ -258,10 +239,10 @@ mod tests {
         assert_eq!(visible_devices(None, 3), [0, 1, 2]);
         assert_eq!(visible_devices(Some("2, 0"), 3), [2, 0]);
         assert_eq!(visible_devices(Some("1,7,0"), 3), [1]);
-        assert_eq!(visible_devices(Some("1,1"), 3), []);
+        assert_eq!(visible_devices(Some("1,1"), 3), [0; 0]);
         assert_eq!(visible_devices(Some("GPU-01,GPU-00"), 3), [1, 0]);
         for none in ["", "32", "-1", "GPU-", "NoDevFiles"] {
-            assert_eq!(visible_devices(Some(none), 3), [], "{none}");
+            assert_eq!(visible_devices(Some(none), 3), [0; 0], "{none}");
         }
     }
 }

@@ -8,9 +8,9 @@ use std::mem::size_of;
 
 use torch_uvm_sim::{Config, DeviceMemory};
 
-use crate::entry::{put, put_optional};
 use crate::log;
 use crate::machine::{self, DRIVER_VERSION};
+use crate::outcome::{put, put_optional};
 
 /// `nvmlReturn_t`.
 type Status = c_int;

@@ -5,9 +5,9 @@ use std::ffi::{c_int, c_uint, c_void};
 use torch_uvm_sim::{Advice, CaptureMode, CaptureStatus, CopyKind, Location, PointerInfo, PointerKind, Range, Rows};
 
 use crate::context;
-use crate::entry::Outcome;
 use crate::errors::code;
 use crate::machine::{Handle, device_ptr, machine, stream};
+use crate::outcome::Outcome;
 
 /// `cudaMemLocation` and `CUmemLocation`.
 #[repr(C)]
@@ -183,6 +183,12 @@ pub fn fill_rows_async(
         fill_async(to + (row * pitch) as u64, value, width, columns, on)?;
     }
     Ok(())
+}
+
+/// Puts a kernel that does nothing on a stream. What memory it would touch is not known.
+pub fn launch(on: Handle) -> Outcome {
+    let device = context::use_device();
+    Ok(machine()?.launch_kernel(device, stream(on), Vec::new())?)
 }
 
 /// Waits, for calls that are synchronous by their manual.

@@ -4,15 +4,25 @@
 //! that may still use the memory, as the engine's free does.
 
 use std::collections::HashMap;
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_uint, c_void};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use torch_uvm_sim::DevicePtr;
 
 use crate::context::{self, MAX_DEVICES};
-use crate::entry::{Outcome, put};
+use crate::entry::entry_points;
 use crate::errors::code;
 use crate::machine::{Handle, chip, device_ptr, machine};
+use crate::ops::MemLocation;
+use crate::outcome::{Outcome, put};
+
+/// The part of `cudaMemPoolProps` and `CUmemPoolProps` that is looked at.
+#[repr(C)]
+pub struct PoolProps {
+    allocation_type: c_int,
+    handle_types: c_int,
+    location: MemLocation,
+}
 
 #[derive(Default)]
 struct Pool {
@@ -168,4 +178,59 @@ pub unsafe fn set_attribute(pool: Handle, attribute: c_int, value: *const c_void
         _ => Err(code::INVALID_VALUE)?,
     }
     Ok(())
+}
+
+entry_points! { both;
+    /// `cuMemAllocAsync`.
+    fn cuMemAllocAsync = cudaMallocAsync: (pointer: *mut *mut c_void, bytes: usize, _on: Handle) {
+        put(pointer, allocate(current_pool(context::use_device())?, bytes)?)
+    }
+
+    /// `cuMemAllocFromPoolAsync`.
+    fn cuMemAllocFromPoolAsync = cudaMallocFromPoolAsync: (pointer: *mut *mut c_void, bytes: usize, pool: Handle, _on: Handle) {
+        put(pointer, allocate(pool, bytes)?)
+    }
+
+    /// `cuMemFreeAsync`.
+    fn cuMemFreeAsync = cudaFreeAsync: (pointer: *mut c_void, _on: Handle) { free(pointer) }
+
+    /// `cuDeviceGetDefaultMemPool`.
+    fn cuDeviceGetDefaultMemPool = cudaDeviceGetDefaultMemPool: (pool: *mut Handle, device: c_int) { put(pool, default_pool(device)?) }
+
+    /// `cuDeviceGetMemPool`.
+    fn cuDeviceGetMemPool = cudaDeviceGetMemPool: (pool: *mut Handle, device: c_int) { put(pool, current_pool(device)?) }
+
+    /// `cuDeviceSetMemPool`.
+    fn cuDeviceSetMemPool = cudaDeviceSetMemPool: (device: c_int, pool: Handle) { set_current_pool(device, pool) }
+
+    /// `cuMemPoolCreate`.
+    fn cuMemPoolCreate = cudaMemPoolCreate: (pool: *mut Handle, props: *const PoolProps) {
+        let location = props.as_ref().ok_or(code::INVALID_VALUE)?.location;
+        put(pool, create(location.kind, location.id)?)
+    }
+
+    /// `cuMemPoolDestroy`.
+    fn cuMemPoolDestroy = cudaMemPoolDestroy: (pool: Handle) { destroy(pool) }
+
+    /// `cuMemPoolTrimTo`.
+    fn cuMemPoolTrimTo = cudaMemPoolTrimTo: (pool: Handle, _keep: usize) { trim(pool) }
+
+    /// `cuMemPoolGetAttribute`.
+    fn cuMemPoolGetAttribute = cudaMemPoolGetAttribute: (pool: Handle, attribute: c_int, value: *mut c_void) {
+        get_attribute(pool, attribute, value)
+    }
+
+    /// `cuMemPoolSetAttribute`.
+    fn cuMemPoolSetAttribute = cudaMemPoolSetAttribute: (pool: Handle, attribute: c_int, value: *mut c_void) {
+        set_attribute(pool, attribute, value)
+    }
+
+    /// `cuMemPoolSetAccess`: every device of the machine reaches the pool.
+    fn cuMemPoolSetAccess = cudaMemPoolSetAccess: (pool: Handle, _access: *const c_void, _count: usize) { trim(pool) }
+
+    /// `cuMemPoolGetAccess`.
+    fn cuMemPoolGetAccess = cudaMemPoolGetAccess: (flags: *mut c_uint, pool: Handle, _location: *const MemLocation) {
+        trim(pool)?;
+        put(flags, 3)
+    }
 }

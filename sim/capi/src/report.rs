@@ -12,20 +12,44 @@ use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::Serialize;
 use torch_uvm_sim::Machine;
-use torch_uvm_sim::report::text;
 
-use crate::machine;
+use crate::process;
 
 const VARIABLE: &str = "TORCH_UVM_SIM_REPORT";
 
 struct Report {
     machine: Machine,
-    /// A child that was forked has all of this too, and must not write.
-    process: u32,
-    /// What does not change: the process, and when it began.
-    head: String,
+    head: Head,
     file: Mutex<File>,
+}
+
+/// What does not change: the process, and when it began.
+#[derive(Serialize)]
+struct Head {
+    process: u32,
+    parent: u32,
+    /// In nanoseconds since 1970.
+    started: u64,
+    command: Vec<String>,
+}
+
+/// One report.
+#[derive(Serialize)]
+struct Line<'a, R> {
+    #[serde(flatten)]
+    head: &'a Head,
+    complete: bool,
+    #[serde(flatten)]
+    machine: R,
+}
+
+impl Report {
+    /// Whether it is this process's. A child that was forked has all of it too, and must not write.
+    fn is_own(&self) -> bool {
+        self.head.process == std::process::id()
+    }
 }
 
 static REPORT: OnceLock<Report> = OnceLock::new();
@@ -41,16 +65,14 @@ pub fn start(machine: &Machine) {
             return;
         }
     };
-    let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+    let started = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX));
     let arguments = fs::read("/proc/self/cmdline").unwrap_or_default();
     let arguments = arguments.strip_suffix(b"\0").unwrap_or(&arguments).split(|byte| *byte == 0);
-    let command: Vec<_> = arguments.map(|argument| text(&String::from_utf8_lossy(argument))).collect();
-    let parent = std::os::unix::process::parent_id();
-    let head = format!(
-        "\"process\": {process}, \"parent\": {parent}, \"started\": {started}, \"command\": [{}]",
-        command.join(", ")
-    );
-    if REPORT.set(Report { machine: machine.clone(), process, head, file }).is_ok() {
+    let command = arguments.map(|argument| String::from_utf8_lossy(argument).into_owned()).collect();
+    let head = Head { process, parent: std::os::unix::process::parent_id(), started, command };
+    if REPORT.set(Report { machine: machine.clone(), head, file }).is_ok() {
         write(false);
         // SAFETY: a plain function, in a library that is never unloaded: programs need it from their start.
         unsafe { libc::atexit(at_exit) };
@@ -92,7 +114,7 @@ pub fn after(entry_point: &str) {
 
 extern "C" fn at_exit() {
     if let Some(report) = REPORT.get()
-        && report.process == std::process::id()
+        && report.is_own()
     {
         // What is queued still counts: on a real device it would have run by now.
         report.machine.run_down();
@@ -102,12 +124,14 @@ extern "C" fn at_exit() {
 
 fn write(complete: bool) {
     let Some(report) = REPORT.get() else { return };
-    if machine::is_orphaned() || report.process != std::process::id() {
+    if process::is_orphaned() || !report.is_own() {
         return;
     }
-    let line = format!("{{{}, \"complete\": {complete}, {}}}\n", report.head, report.machine.report().json_members());
+    let line = Line { head: &report.head, complete, machine: report.machine.report().json() };
+    let Ok(mut line) = serde_json::to_vec(&line) else { return };
+    line.push(b'\n');
     let file = report.file.lock().unwrap_or_else(PoisonError::into_inner);
     // One write, and readers take the first line only: a process that is ended in between leaves nothing half written. A
     // report that cannot be written must not fail the program.
-    let _ = file.write_all_at(line.as_bytes(), 0);
+    let _ = file.write_all_at(&line, 0);
 }

@@ -1,9 +1,9 @@
 //! Entry points that nothing needs yet. Each names itself once in the log and says that it is not supported; its arguments
 //! are not looked at, which in C's calling convention the caller does not notice.
 
-use crate::entry::Failure;
 use crate::errors::{Code, code};
 use crate::log;
+use crate::outcome::Failure;
 
 macro_rules! unsupported {
     ($api:ident $all:ident: $($name:ident,)*) => {

@@ -5,11 +5,13 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use torch_uvm_sim::Machine;
 
 use crate::context::{self, Context};
-use crate::entry::{Outcome, entry_points, put, put_optional};
+use crate::devices::{device_by_bus_id, peer_attribute, write_text};
+use crate::entry::entry_points;
 use crate::errors::{self, Code, code};
-use crate::machine::{DRIVER_VERSION, chip, described, is_used, machine};
+use crate::machine::{chip, described, machine};
+use crate::outcome::{Outcome, put, put_optional};
+use crate::process::is_used;
 use crate::properties;
-use crate::runtime::device::{device_by_bus_id, device_limit, peer_attribute, write_text};
 
 /// The machine, for a caller that must have called `cuInit`, or the runtime, which does so by itself.
 fn initialized() -> Outcome<&'static Machine> {
@@ -42,9 +44,6 @@ entry_points! { driver;
         }
         machine().map(drop)
     }
-
-    /// `cuDriverGetVersion`; needs no `cuInit`.
-    fn cuDriverGetVersion(version: *mut c_int) { put(version, DRIVER_VERSION) }
 
     /// `cuGetErrorName`.
     fn cuGetErrorName(error: Code, text: *mut *const c_char) {
@@ -270,9 +269,6 @@ entry_points! { driver;
         put(id, what as u64)
     }
 
-    /// `cuCtxGetFlags`.
-    fn cuCtxGetFlags(flags: *mut c_uint) { put(flags, 0) }
-
     /// `cuCtxSetFlags`.
     fn cuCtxSetFlags(_flags: c_uint) { initialized().map(drop) }
 
@@ -295,30 +291,11 @@ entry_points! { driver;
         Ok(machine.device_synchronize(device)?)
     }
 
-    /// `cuCtxGetLimit`.
-    fn cuCtxGetLimit(value: *mut usize, limit: c_int) { put(value, device_limit(limit)?) }
-
-    /// `cuCtxSetLimit`: accepted, since kernels do nothing.
-    fn cuCtxSetLimit(limit: c_int, _value: usize) { device_limit(limit).map(drop) }
-
-    /// `cuCtxGetCacheConfig`.
-    fn cuCtxGetCacheConfig(config: *mut c_int) { put(config, 0) }
-
     /// `cuCtxSetCacheConfig`.
     fn cuCtxSetCacheConfig(_config: c_int) { initialized().map(drop) }
 
-    /// `cuCtxGetSharedMemConfig`.
-    fn cuCtxGetSharedMemConfig(config: *mut c_int) { put(config, 1) }
-
     /// `cuCtxSetSharedMemConfig`.
     fn cuCtxSetSharedMemConfig(_config: c_int) { initialized().map(drop) }
-
-    /// `cuCtxGetStreamPriorityRange`.
-    fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) {
-        put_optional(least, 0);
-        put_optional(greatest, -5);
-        Ok(())
-    }
 
     /// `cuCtxResetPersistingL2Cache`.
     fn cuCtxResetPersistingL2Cache() { initialized().map(drop) }

@@ -3,16 +3,14 @@
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr;
 
-use torch_uvm_sim::{CopyKind, DevicePtr, IpcHandle, PointerInfo, PointerKind, Rows};
+use torch_uvm_sim::{CopyKind, DevicePtr, PointerInfo, PointerKind, Rows};
 
 use crate::context;
-use crate::entry::{Outcome, entry_points, put, put_optional};
+use crate::entry::entry_points;
 use crate::errors::code;
-use crate::machine::{Handle, machine, stream};
-use crate::ops::{self, MemLocation};
-use crate::pools;
-use crate::runtime::memory::{IpcMemHandle, batch, ranges};
-use crate::runtime::pools::PoolProps;
+use crate::machine::{Handle, machine};
+use crate::ops::{self};
+use crate::outcome::{Outcome, put, put_optional};
 
 type Pointer = *mut c_void;
 type ConstPointer = *const c_void;
@@ -110,14 +108,6 @@ fn allocate_host(bytes: usize) -> Outcome<Pointer> {
 }
 
 entry_points! { driver;
-    /// `cuMemGetInfo_v2`.
-    fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
-        let memory = machine()?.device_memory(context::use_device())?;
-        put_optional(free, memory.free as usize);
-        put_optional(total, memory.total as usize);
-        Ok(())
-    }
-
     /// `cuMemAlloc_v2`.
     fn cuMemAlloc_v2(pointer: *mut u64, bytes: usize) {
         if pointer.is_null() {
@@ -136,14 +126,6 @@ entry_points! { driver;
     /// `cuMemFree_v2`.
     fn cuMemFree_v2(pointer: u64) { Ok(machine()?.free(context::use_device(), DevicePtr(pointer))?) }
 
-    /// `cuMemAllocManaged`.
-    fn cuMemAllocManaged(pointer: *mut u64, bytes: usize, flags: c_uint) {
-        if pointer.is_null() || !(1..=2).contains(&flags) {
-            Err(code::INVALID_VALUE)?;
-        }
-        put(pointer, machine()?.alloc_managed(context::use_device(), bytes as u64)?.0)
-    }
-
     /// `cuMemGetAddressRange_v2`.
     fn cuMemGetAddressRange_v2(base: *mut u64, bytes: *mut usize, pointer: u64) {
         let range = machine()?.address_range(DevicePtr(pointer))?;
@@ -157,30 +139,6 @@ entry_points! { driver;
 
     /// `cuMemHostAlloc`.
     fn cuMemHostAlloc(pointer: *mut Pointer, bytes: usize, _flags: c_uint) { put(pointer, allocate_host(bytes)?) }
-
-    /// `cuMemFreeHost`.
-    fn cuMemFreeHost(pointer: Pointer) { ops::host_free(pointer) }
-
-    /// `cuMemHostRegister_v2`.
-    fn cuMemHostRegister_v2(pointer: Pointer, bytes: usize, _flags: c_uint) {
-        Ok(machine()?.host_register(context::use_device(), pointer as u64, bytes as u64)?)
-    }
-
-    /// `cuMemHostUnregister`.
-    fn cuMemHostUnregister(pointer: Pointer) {
-        Ok(machine()?.host_unregister(context::use_device(), pointer as u64)?)
-    }
-
-    /// `cuMemHostGetDevicePointer_v2`.
-    fn cuMemHostGetDevicePointer_v2(device_pointer: *mut Pointer, pointer: Pointer, _flags: c_uint) {
-        put(device_pointer, ops::host_device_pointer(pointer)?)
-    }
-
-    /// `cuMemHostGetFlags`.
-    fn cuMemHostGetFlags(flags: *mut c_uint, pointer: Pointer) {
-        ops::host_device_pointer(pointer)?;
-        put(flags, 3)
-    }
 
     /// `cuPointerGetAttribute`.
     fn cuPointerGetAttribute(data: Pointer, attribute: c_int, pointer: u64) {
@@ -305,143 +263,5 @@ entry_points! { driver;
     /// `cuMemsetD2D8Async`.
     fn cuMemsetD2D8Async(to: u64, pitch: usize, value: u8, width: usize, height: usize, on: Handle) {
         ops::fill_rows_async(to, pitch, value.into(), 1, width, height, on)
-    }
-
-    /// `cuMemAdvise`: an ordinal.
-    fn cuMemAdvise(pointer: u64, bytes: usize, advice: c_int, device: c_int) {
-        ops::advise(pointer as ConstPointer, bytes, advice, MemLocation::from_ordinal(device))
-    }
-
-    /// `cuMemAdvise_v2`: a location.
-    fn cuMemAdvise_v2(pointer: u64, bytes: usize, advice: c_int, to: MemLocation) {
-        ops::advise(pointer as ConstPointer, bytes, advice, to)
-    }
-
-    /// `cuMemPrefetchAsync`: an ordinal.
-    fn cuMemPrefetchAsync(pointer: u64, bytes: usize, device: c_int, on: Handle) {
-        ops::prefetch(pointer as ConstPointer, bytes, MemLocation::from_ordinal(device), 0, on)
-    }
-
-    /// `cuMemPrefetchAsync_v2`: a location and flags.
-    fn cuMemPrefetchAsync_v2(pointer: u64, bytes: usize, to: MemLocation, flags: c_uint, on: Handle) {
-        ops::prefetch(pointer as ConstPointer, bytes, to, flags, on)
-    }
-
-    /// `cuMemPrefetchBatchAsync`.
-    fn cuMemPrefetchBatchAsync(
-        pointers: *const Pointer, bytes: *const usize, count: usize, places: *const MemLocation,
-        place_indices: *const usize, place_count: usize, flags: u64, on: Handle,
-    ) {
-        for (range, to) in batch(pointers, bytes, count, places, place_indices, place_count, flags)? {
-            machine()?.prefetch(context::use_device(), range, to, stream(on))?;
-        }
-        Ok(())
-    }
-
-    /// `cuMemDiscardBatchAsync`.
-    fn cuMemDiscardBatchAsync(
-        pointers: *const Pointer, bytes: *const usize, count: usize, flags: u64, on: Handle,
-    ) { Ok(machine()?.discard(context::use_device(), &ranges(pointers, bytes, count, flags)?, stream(on))?) }
-
-    /// `cuMemDiscardAndPrefetchBatchAsync`.
-    fn cuMemDiscardAndPrefetchBatchAsync(
-        pointers: *const Pointer, bytes: *const usize, count: usize, places: *const MemLocation,
-        place_indices: *const usize, place_count: usize, flags: u64, on: Handle,
-    ) {
-        for (range, to) in batch(pointers, bytes, count, places, place_indices, place_count, flags)? {
-            machine()?.discard_and_prefetch(context::use_device(), &[range], to, stream(on))?;
-        }
-        Ok(())
-    }
-
-    /// `cuMemRangeGetAttribute`.
-    fn cuMemRangeGetAttribute(data: Pointer, data_bytes: usize, attribute: c_int, pointer: u64, bytes: usize) {
-        ops::range_attribute(data, data_bytes, attribute, pointer as ConstPointer, bytes)
-    }
-
-    /// `cuMemRangeGetAttributes`.
-    fn cuMemRangeGetAttributes(
-        data: *const Pointer, data_bytes: *const usize, attributes: *const c_int, count: usize, pointer: u64,
-        bytes: usize,
-    ) {
-        for at in 0..count {
-            let (to, room) = (data.add(at).read(), data_bytes.add(at).read());
-            ops::range_attribute(to, room, attributes.add(at).read(), pointer as ConstPointer, bytes)?;
-        }
-        Ok(())
-    }
-
-    /// `cuStreamAttachMemAsync`: attachment matters only without concurrent managed access.
-    fn cuStreamAttachMemAsync(_on: Handle, pointer: u64, _bytes: usize, _flags: c_uint) {
-        match machine()?.pointer_info(pointer)?.kind {
-            PointerKind::Managed => Ok(()),
-            _ => Err(code::INVALID_VALUE)?,
-        }
-    }
-
-    /// `cuIpcGetMemHandle`.
-    fn cuIpcGetMemHandle(handle: *mut [u8; 64], pointer: u64) {
-        put(handle, machine()?.ipc_handle(context::use_device(), DevicePtr(pointer))?.0)
-    }
-
-    /// `cuIpcOpenMemHandle_v2`.
-    fn cuIpcOpenMemHandle_v2(pointer: *mut u64, handle: IpcMemHandle, _flags: c_uint) {
-        put(pointer, machine()?.ipc_open(context::use_device(), &IpcHandle(handle.bytes))?.0)
-    }
-
-    /// `cuIpcCloseMemHandle`.
-    fn cuIpcCloseMemHandle(pointer: u64) { Ok(machine()?.ipc_close(context::use_device(), DevicePtr(pointer))?) }
-
-    /// `cuMemAllocAsync`.
-    fn cuMemAllocAsync(pointer: *mut Pointer, bytes: usize, _on: Handle) {
-        put(pointer, pools::allocate(pools::current_pool(context::use_device())?, bytes)?)
-    }
-
-    /// `cuMemAllocFromPoolAsync`.
-    fn cuMemAllocFromPoolAsync(pointer: *mut Pointer, bytes: usize, pool: Handle, _on: Handle) {
-        put(pointer, pools::allocate(pool, bytes)?)
-    }
-
-    /// `cuMemFreeAsync`.
-    fn cuMemFreeAsync(pointer: u64, _on: Handle) { pools::free(pointer as Pointer) }
-
-    /// `cuDeviceGetDefaultMemPool`.
-    fn cuDeviceGetDefaultMemPool(pool: *mut Handle, device: c_int) { put(pool, pools::default_pool(device)?) }
-
-    /// `cuDeviceGetMemPool`.
-    fn cuDeviceGetMemPool(pool: *mut Handle, device: c_int) { put(pool, pools::current_pool(device)?) }
-
-    /// `cuDeviceSetMemPool`.
-    fn cuDeviceSetMemPool(device: c_int, pool: Handle) { pools::set_current_pool(device, pool) }
-
-    /// `cuMemPoolCreate`.
-    fn cuMemPoolCreate(pool: *mut Handle, props: *const PoolProps) {
-        let location = props.as_ref().ok_or(code::INVALID_VALUE)?.location;
-        put(pool, pools::create(location.kind, location.id)?)
-    }
-
-    /// `cuMemPoolDestroy`.
-    fn cuMemPoolDestroy(pool: Handle) { pools::destroy(pool) }
-
-    /// `cuMemPoolTrimTo`.
-    fn cuMemPoolTrimTo(pool: Handle, _keep: usize) { pools::trim(pool) }
-
-    /// `cuMemPoolGetAttribute`.
-    fn cuMemPoolGetAttribute(pool: Handle, attribute: c_int, value: Pointer) {
-        pools::get_attribute(pool, attribute, value)
-    }
-
-    /// `cuMemPoolSetAttribute`.
-    fn cuMemPoolSetAttribute(pool: Handle, attribute: c_int, value: Pointer) {
-        pools::set_attribute(pool, attribute, value)
-    }
-
-    /// `cuMemPoolSetAccess`: every device of the machine reaches the pool.
-    fn cuMemPoolSetAccess(pool: Handle, _access: ConstPointer, _count: usize) { pools::trim(pool) }
-
-    /// `cuMemPoolGetAccess`.
-    fn cuMemPoolGetAccess(flags: *mut c_uint, pool: Handle, _location: *const MemLocation) {
-        pools::trim(pool)?;
-        put(flags, 3)
     }
 }

@@ -1,9 +1,7 @@
 //! The driver API: `cu*`, under the names that a library exports (`cuMemAlloc_v2`), not those that a header defines.
 
 pub mod device;
-pub mod graphs;
 pub mod memory;
 pub mod modules;
-pub mod streams;
 pub mod symbols;
 pub mod virtual_memory;

@@ -5,10 +5,11 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use crate::context;
-use crate::entry::{Outcome, entry_points, put};
+use crate::entry::entry_points;
 use crate::errors::code;
 use crate::machine::{Handle, machine};
-use crate::runtime::launch::launch;
+use crate::ops::launch;
+use crate::outcome::{Outcome, put};
 
 /// Modules and libraries alike: their functions' names, by handle.
 #[derive(Default)]

@@ -4,9 +4,10 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr;
 use std::sync::OnceLock;
 
-use crate::entry::{Failure, Outcome, entry_points, put, put_optional};
+use crate::entry::entry_points;
 use crate::errors::code;
 use crate::log;
+use crate::outcome::{Failure, Outcome, put, put_optional};
 
 /// Names that mean different things by the CUDA version that is asked for, newest first. Where a name is not here, the
 /// exported `_v2` is what every header since CUDA 4 means by it, and otherwise the name itself.

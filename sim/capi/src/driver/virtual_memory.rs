@@ -6,10 +6,11 @@ use std::slice;
 
 use torch_uvm_sim::{Machine, PhysicalId};
 
-use crate::entry::{entry_points, put};
+use crate::entry::entry_points;
 use crate::errors::code;
 use crate::machine::machine;
 use crate::ops::MemLocation;
+use crate::outcome::put;
 
 /// `CUmemAllocationProp`.
 #[repr(C)]

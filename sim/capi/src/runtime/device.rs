@@ -1,11 +1,13 @@
 //! Devices, versions, errors.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 
 use crate::context;
-use crate::entry::{entry_points, last_error, put, put_optional};
+use crate::devices::{device_by_bus_id, peer_attribute, write_text};
+use crate::entry::{entry_points, last_error};
 use crate::errors::{self, Code, code};
-use crate::machine::{Chip, DRIVER_VERSION, chip, described, machine};
+use crate::machine::{chip, described, machine};
+use crate::outcome::put;
 use crate::properties::{self, Properties12, Properties13};
 
 /// `cudaGetErrorName`.
@@ -55,9 +57,6 @@ entry_points! { runtime;
     /// `cudaSetDeviceFlags`: how the host waits changes nothing here.
     fn cudaSetDeviceFlags(_flags: c_uint) { machine().map(drop) }
 
-    /// `cudaGetDeviceFlags`.
-    fn cudaGetDeviceFlags(flags: *mut c_uint) { put(flags, 0) }
-
     /// `cudaSetValidDevices`.
     fn cudaSetValidDevices(_devices: *const c_int, _count: c_int) { machine().map(drop) }
 
@@ -88,9 +87,6 @@ entry_points! { runtime;
     /// `cudaRuntimeGetVersion` of CUDA 13.
     fn uvmsim_rt13_cudaRuntimeGetVersion(version: *mut c_int) { put(version, 13_000) }
 
-    /// `cudaDriverGetVersion`.
-    fn cudaDriverGetVersion(version: *mut c_int) { put(version, DRIVER_VERSION) }
-
     /// `cudaDeviceGetPCIBusId`.
     fn cudaDeviceGetPCIBusId(text: *mut c_char, bytes: c_int, device: c_int) {
         write_text(text, bytes, &chip(device)?.pci_bus_id())
@@ -98,13 +94,6 @@ entry_points! { runtime;
 
     /// `cudaDeviceGetByPCIBusId`.
     fn cudaDeviceGetByPCIBusId(device: *mut c_int, text: *const c_char) { put(device, device_by_bus_id(text)?) }
-
-    /// `cudaDeviceGetStreamPriorityRange`: CUDA's five priorities from Hopper's driver on, 0 the least.
-    fn cudaDeviceGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) {
-        put_optional(least, 0);
-        put_optional(greatest, -5);
-        Ok(())
-    }
 
     /// `cudaDeviceSynchronize`.
     fn cudaDeviceSynchronize() {
@@ -127,20 +116,8 @@ entry_points! { runtime;
     /// `cudaThreadExit`, an old name of `cudaDeviceReset`.
     fn cudaThreadExit() { machine().map(drop) }
 
-    /// `cudaDeviceGetLimit`.
-    fn cudaDeviceGetLimit(value: *mut usize, limit: c_int) { put(value, device_limit(limit)?) }
-
-    /// `cudaDeviceSetLimit`: accepted, since kernels do nothing.
-    fn cudaDeviceSetLimit(limit: c_int, _value: usize) { device_limit(limit).map(drop) }
-
-    /// `cudaDeviceGetCacheConfig`.
-    fn cudaDeviceGetCacheConfig(config: *mut c_int) { put(config, 0) }
-
     /// `cudaDeviceSetCacheConfig`.
     fn cudaDeviceSetCacheConfig(_config: c_int) { machine().map(drop) }
-
-    /// `cudaDeviceGetSharedMemConfig`.
-    fn cudaDeviceGetSharedMemConfig(config: *mut c_int) { put(config, 1) }
 
     /// `cudaDeviceSetSharedMemConfig`.
     fn cudaDeviceSetSharedMemConfig(_config: c_int) { machine().map(drop) }
@@ -178,66 +155,4 @@ entry_points! { runtime;
 
     /// `cudaProfilerStop`.
     fn cudaProfilerStop() { machine().map(drop) }
-}
-
-/// Copies a text into a buffer of `bytes`, with its final zero.
-///
-/// # Safety
-/// `to` is null or valid for `bytes`.
-pub unsafe fn write_text(to: *mut c_char, bytes: c_int, text: &str) -> crate::entry::Outcome {
-    if to.is_null() || usize::try_from(bytes).map_or(true, |bytes| bytes <= text.len()) {
-        Err(code::INVALID_VALUE)?;
-    }
-    for (at, byte) in text.bytes().chain([0]).enumerate() {
-        // SAFETY: the text and its final zero fit into `bytes`.
-        unsafe { to.add(at).write(byte as c_char) };
-    }
-    Ok(())
-}
-
-/// The device of a PCI bus id such as `0000:01:00.0`.
-///
-/// # Safety
-/// `text` is null or a C string.
-pub unsafe fn device_by_bus_id(text: *const c_char) -> crate::entry::Outcome<c_int> {
-    if text.is_null() {
-        Err(code::INVALID_VALUE)?;
-    }
-    // SAFETY: a C string by this function's contract.
-    let wanted = unsafe { CStr::from_ptr(text) }.to_string_lossy().to_ascii_uppercase();
-    for device in 0..machine()?.device_count()? {
-        let own: Chip = chip(device)?;
-        // With and without the domain.
-        if !wanted.is_empty() && own.pci_bus_id().ends_with(&wanted) {
-            return Ok(device);
-        }
-    }
-    Err(code::INVALID_DEVICE)?
-}
-
-/// `cudaDeviceGetLimit` and `cuCtxGetLimit`.
-pub fn device_limit(limit: c_int) -> crate::entry::Outcome<usize> {
-    Ok(match limit {
-        0 => 1024,    // stack size
-        1 => 1 << 20, // printf FIFO size
-        2 => 8 << 20, // malloc heap size
-        3 => 2,       // device runtime synchronisation depth
-        4 => 2048,    // device runtime pending launches
-        5 => 64,      // maximum L2 fetch granularity
-        6 => 0,       // persisting L2 cache size
-        _ => Err(code::UNSUPPORTED_LIMIT)?,
-    })
-}
-
-/// `cudaDeviceGetP2PAttribute` and `cuDeviceGetP2PAttribute`.
-pub fn peer_attribute(attribute: c_int, device: c_int, peer: c_int) -> crate::entry::Outcome<c_int> {
-    if device == peer {
-        Err(code::INVALID_DEVICE)?;
-    }
-    let reachable = c_int::from(machine()?.can_access_peer(device, peer)?);
-    Ok(match attribute {
-        1 => 0,             // performance rank: the best
-        2..=4 => reachable, // access, native atomics, CUDA array access
-        _ => Err(code::INVALID_VALUE)?,
-    })
 }

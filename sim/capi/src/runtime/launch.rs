@@ -6,9 +6,11 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::{Mutex, PoisonError};
 
 use crate::context;
-use crate::entry::{Outcome, entry_points, put, put_optional};
+use crate::entry::entry_points;
 use crate::errors::{Code, code};
-use crate::machine::{Handle, machine, stream};
+use crate::machine::{Handle, machine};
+use crate::ops::launch;
+use crate::outcome::{Outcome, put, put_optional};
 
 /// `dim3`.
 #[repr(C)]
@@ -134,12 +136,6 @@ thread_local! {
 pub extern "C" fn __cudaPushCallConfiguration(grid: Dim3, block: Dim3, shared_bytes: usize, stream: Handle) -> c_uint {
     CONFIGURATIONS.with_borrow_mut(|stack| stack.push((grid, block, shared_bytes, stream)));
     0
-}
-
-/// Puts a kernel that does nothing on a stream. What memory it would touch is not known.
-pub fn launch(on: Handle) -> Outcome {
-    let device = context::use_device();
-    Ok(machine()?.launch_kernel(device, stream(on), Vec::new())?)
 }
 
 /// An occupancy that the caller may divide by.

@@ -1,15 +1,16 @@
 //! Device, managed and pinned memory; copies; managed-memory hints; handles for other processes.
 
 use std::ffi::{c_int, c_uint, c_void};
-use std::{ptr, slice};
+use std::ptr;
 
-use torch_uvm_sim::{CopyKind, IpcHandle, Location, PointerKind, Range, Rows};
+use torch_uvm_sim::{CopyKind, PointerKind, Rows};
 
 use crate::context;
-use crate::entry::{Outcome, entry_points, put, put_optional};
+use crate::entry::entry_points;
 use crate::errors::code;
-use crate::machine::{Handle, device_ptr, machine, stream};
-use crate::ops::{self, MemLocation};
+use crate::machine::{Handle, device_ptr, machine};
+use crate::ops::{self};
+use crate::outcome::{Outcome, put};
 use crate::runtime::launch::symbol;
 
 type Pointer = *mut c_void;
@@ -127,15 +128,6 @@ entry_points! { runtime;
         put(pointer, allocate(bytes)?)
     }
 
-    /// `cudaMallocManaged`.
-    fn cudaMallocManaged(pointer: *mut Pointer, bytes: usize, flags: c_uint) {
-        // 1: attached globally, 2: to the host only, which concurrent managed access makes the same.
-        if pointer.is_null() || !(1..=2).contains(&flags) {
-            Err(code::INVALID_VALUE)?;
-        }
-        put(pointer, machine()?.alloc_managed(context::use_device(), bytes as u64)?.0 as Pointer)
-    }
-
     /// `cudaMallocPitch`.
     fn cudaMallocPitch(pointer: *mut Pointer, pitch: *mut usize, width: usize, height: usize) {
         let row = width.next_multiple_of(PITCH);
@@ -166,38 +158,6 @@ entry_points! { runtime;
 
     /// `cudaHostAlloc`: all flags come to the same here.
     fn cudaHostAlloc(pointer: *mut Pointer, bytes: usize, _flags: c_uint) { put(pointer, allocate_host(bytes)?) }
-
-    /// `cudaFreeHost`.
-    fn cudaFreeHost(pointer: Pointer) { ops::host_free(pointer) }
-
-    /// `cudaHostRegister`.
-    fn cudaHostRegister(pointer: Pointer, bytes: usize, _flags: c_uint) {
-        Ok(machine()?.host_register(context::use_device(), pointer as u64, bytes as u64)?)
-    }
-
-    /// `cudaHostUnregister`.
-    fn cudaHostUnregister(pointer: Pointer) {
-        Ok(machine()?.host_unregister(context::use_device(), pointer as u64)?)
-    }
-
-    /// `cudaHostGetDevicePointer`.
-    fn cudaHostGetDevicePointer(device_pointer: *mut Pointer, pointer: Pointer, _flags: c_uint) {
-        put(device_pointer, ops::host_device_pointer(pointer)?)
-    }
-
-    /// `cudaHostGetFlags`: portable and mapped, as all pinned memory is with unified addressing.
-    fn cudaHostGetFlags(flags: *mut c_uint, pointer: Pointer) {
-        ops::host_device_pointer(pointer)?;
-        put(flags, 3)
-    }
-
-    /// `cudaMemGetInfo`.
-    fn cudaMemGetInfo(free: *mut usize, total: *mut usize) {
-        let memory = machine()?.device_memory(context::use_device())?;
-        put_optional(free, memory.free as usize);
-        put_optional(total, memory.total as usize);
-        Ok(())
-    }
 
     /// `cudaPointerGetAttributes`.
     fn cudaPointerGetAttributes(attributes: *mut PointerAttributes, pointer: ConstPointer) {
@@ -313,150 +273,4 @@ entry_points! { runtime;
 
     /// `cudaMemset3DAsync`.
     fn cudaMemset3DAsync(to: PitchedPtr, value: c_int, extent: Extent, on: Handle) { fill_3d(to, value, extent, on) }
-
-    /// `cudaMemAdvise` of CUDA 12: an ordinal.
-    fn uvmsim_rt12_cudaMemAdvise(pointer: ConstPointer, bytes: usize, advice: c_int, device: c_int) {
-        ops::advise(pointer, bytes, advice, MemLocation::from_ordinal(device))
-    }
-
-    /// `cudaMemAdvise` of CUDA 13: a location.
-    fn uvmsim_rt13_cudaMemAdvise(pointer: ConstPointer, bytes: usize, advice: c_int, to: MemLocation) {
-        ops::advise(pointer, bytes, advice, to)
-    }
-
-    /// `cudaMemAdvise_v2`, CUDA 12's name of CUDA 13's form.
-    fn cudaMemAdvise_v2(pointer: ConstPointer, bytes: usize, advice: c_int, to: MemLocation) {
-        ops::advise(pointer, bytes, advice, to)
-    }
-
-    /// `cudaMemPrefetchAsync` of CUDA 12: an ordinal.
-    fn uvmsim_rt12_cudaMemPrefetchAsync(pointer: ConstPointer, bytes: usize, device: c_int, on: Handle) {
-        ops::prefetch(pointer, bytes, MemLocation::from_ordinal(device), 0, on)
-    }
-
-    /// `cudaMemPrefetchAsync` of CUDA 13: a location and flags.
-    fn uvmsim_rt13_cudaMemPrefetchAsync(
-        pointer: ConstPointer, bytes: usize, to: MemLocation, flags: c_uint, on: Handle,
-    ) { ops::prefetch(pointer, bytes, to, flags, on) }
-
-    /// `cudaMemPrefetchAsync_v2`, CUDA 12's name of CUDA 13's form.
-    fn cudaMemPrefetchAsync_v2(pointer: ConstPointer, bytes: usize, to: MemLocation, flags: c_uint, on: Handle) {
-        ops::prefetch(pointer, bytes, to, flags, on)
-    }
-
-    /// `cudaMemPrefetchBatchAsync`.
-    fn cudaMemPrefetchBatchAsync(
-        pointers: *const Pointer, bytes: *const usize, count: usize, places: *const MemLocation,
-        place_indices: *const usize, place_count: usize, flags: u64, on: Handle,
-    ) {
-        for (range, to) in batch(pointers, bytes, count, places, place_indices, place_count, flags)? {
-            machine()?.prefetch(context::use_device(), range, to, stream(on))?;
-        }
-        Ok(())
-    }
-
-    /// `cudaMemDiscardBatchAsync`.
-    fn cudaMemDiscardBatchAsync(
-        pointers: *const Pointer, bytes: *const usize, count: usize, flags: u64, on: Handle,
-    ) { Ok(machine()?.discard(context::use_device(), &ranges(pointers, bytes, count, flags)?, stream(on))?) }
-
-    /// `cudaMemDiscardAndPrefetchBatchAsync`.
-    fn cudaMemDiscardAndPrefetchBatchAsync(
-        pointers: *const Pointer, bytes: *const usize, count: usize, places: *const MemLocation,
-        place_indices: *const usize, place_count: usize, flags: u64, on: Handle,
-    ) {
-        for (range, to) in batch(pointers, bytes, count, places, place_indices, place_count, flags)? {
-            machine()?.discard_and_prefetch(context::use_device(), &[range], to, stream(on))?;
-        }
-        Ok(())
-    }
-
-    /// `cudaMemRangeGetAttribute`.
-    fn cudaMemRangeGetAttribute(
-        data: Pointer, data_bytes: usize, attribute: c_int, pointer: ConstPointer, bytes: usize,
-    ) { ops::range_attribute(data, data_bytes, attribute, pointer, bytes) }
-
-    /// `cudaMemRangeGetAttributes`.
-    fn cudaMemRangeGetAttributes(
-        data: *const Pointer, data_bytes: *const usize, attributes: *const c_int, count: usize,
-        pointer: ConstPointer, bytes: usize,
-    ) {
-        for at in 0..count {
-            let (to, room) = (data.add(at).read(), data_bytes.add(at).read());
-            ops::range_attribute(to, room, attributes.add(at).read(), pointer, bytes)?;
-        }
-        Ok(())
-    }
-
-    /// `cudaStreamAttachMemAsync`: attachment matters only without concurrent managed access.
-    fn cudaStreamAttachMemAsync(_on: Handle, pointer: Pointer, _bytes: usize, _flags: c_uint) {
-        match machine()?.pointer_info(pointer as u64)?.kind {
-            PointerKind::Managed => Ok(()),
-            _ => Err(code::INVALID_VALUE)?,
-        }
-    }
-
-    /// `cudaIpcGetMemHandle`.
-    fn cudaIpcGetMemHandle(handle: *mut [u8; 64], pointer: Pointer) {
-        put(handle, machine()?.ipc_handle(context::use_device(), device_ptr(pointer))?.0)
-    }
-
-    /// `cudaIpcOpenMemHandle`: the 64 bytes are passed by value, which C does by their address.
-    fn cudaIpcOpenMemHandle(pointer: *mut Pointer, handle: IpcMemHandle, _flags: c_uint) {
-        put(pointer, machine()?.ipc_open(context::use_device(), &IpcHandle(handle.bytes))?.0 as Pointer)
-    }
-
-    /// `cudaIpcCloseMemHandle`.
-    fn cudaIpcCloseMemHandle(pointer: Pointer) {
-        Ok(machine()?.ipc_close(context::use_device(), device_ptr(pointer))?)
-    }
-}
-
-/// `cudaIpcMemHandle_t`, and `cudaIpcEventHandle_t`, which looks the same.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct IpcMemHandle {
-    pub bytes: [u8; 64],
-}
-
-/// The ranges of a batch.
-///
-/// # Safety
-/// Both arrays have `count` elements.
-pub unsafe fn ranges(pointers: *const Pointer, bytes: *const usize, count: usize, flags: u64) -> Outcome<Vec<Range>> {
-    if pointers.is_null() || bytes.is_null() || count == 0 || flags != 0 {
-        Err(code::INVALID_VALUE)?;
-    }
-    // SAFETY: arrays of that length by this function's contract.
-    let (pointers, bytes) = unsafe { (slice::from_raw_parts(pointers, count), slice::from_raw_parts(bytes, count)) };
-    Ok(pointers.iter().zip(bytes).map(|(pointer, bytes)| ops::range(*pointer, *bytes)).collect())
-}
-
-/// The ranges of a batch, each with its location: the one whose index is the last not beyond the range's own.
-///
-/// # Safety
-/// The arrays have as many elements as their counts say.
-pub unsafe fn batch(
-    pointers: *const Pointer,
-    bytes: *const usize,
-    count: usize,
-    places: *const MemLocation,
-    place_indices: *const usize,
-    place_count: usize,
-    flags: u64,
-) -> Outcome<Vec<(Range, Location)>> {
-    // SAFETY: this function's contract includes that one's.
-    let ranges = unsafe { ranges(pointers, bytes, count, flags) }?;
-    if places.is_null() || place_indices.is_null() || place_count == 0 || place_count > count {
-        Err(code::INVALID_VALUE)?;
-    }
-    // SAFETY: arrays of that length by this function's contract.
-    let (places, from) =
-        unsafe { (slice::from_raw_parts(places, place_count), slice::from_raw_parts(place_indices, place_count)) };
-    let mut all = Vec::with_capacity(count);
-    for (at, range) in ranges.into_iter().enumerate() {
-        let place = from.iter().rposition(|first| *first <= at).ok_or(code::INVALID_VALUE)?;
-        all.push((range, places[place].parse()?));
-    }
-    Ok(all)
 }

@@ -2,8 +2,5 @@
 //! differ (see `stubs/libcudart.so.12.c`).
 
 pub mod device;
-pub mod graphs;
 pub mod launch;
 pub mod memory;
-pub mod pools;
-pub mod streams;
