@@ -233,6 +233,11 @@ class Device:
     #: Our part of the snapshot; None where there is none.
     ours: dict[str, Any] | None
 
+    def part(self, key: str) -> dict[str, Any]:
+        """A dict of our part of the snapshot; empty where there is none."""
+        part: dict[str, Any] = (self.ours or {}).get(key, {})
+        return part
+
     @property
     def allocated(self) -> int:
         """Bytes in live blocks."""
@@ -416,6 +421,11 @@ def thin(timeline: Timeline, most: int) -> Timeline:
         [timeline.seconds[start] for start in starts],
         {name: [max(values[start : start + step]) for start in starts] for name, values in timeline.series.items()},
     )
+
+
+def number_of(value: object) -> int:
+    """A figure of our part of the snapshot as a whole number; 0 where it is none."""
+    return value if isinstance(value, int) else 0
 
 
 def file_size(path: FileName) -> int:
