@@ -108,7 +108,7 @@ impl Program {
             *world.hooks.callback.lock() = Some(Box::new(move || give_up(&allocator, &hoard)));
         }
         Self {
-            random: Random(seed),
+            random: Random::new(seed),
             position: Position { name, seed, operation: 0, op: Op::Look },
             counts: Counts::default(),
             devices,

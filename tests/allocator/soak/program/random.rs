@@ -1,23 +1,22 @@
 //! A program's choices, which follow from its seed.
 
-/// splitmix64.
-pub(super) struct Random(pub(super) u64);
+use fastrand::Rng;
 
-pub(super) fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
+pub(super) struct Random(Rng);
+
+/// A number that looks random and is always the same for the same number.
+pub(super) fn mix(number: u64) -> u64 {
+    Rng::with_seed(number).u64(..)
 }
 
 impl Random {
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        mix(self.0)
+    pub(super) fn new(seed: u64) -> Self {
+        Self(Rng::with_seed(seed))
     }
 
     /// Below `bound`, which is not 0.
     pub(super) fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
+        self.0.u64(..bound)
     }
 
     pub(super) fn one_in(&mut self, count: u64) -> bool {
@@ -25,7 +24,7 @@ impl Random {
     }
 
     pub(super) fn between(&mut self, low: u64, high: u64) -> u64 {
-        low + self.below(high - low)
+        self.0.u64(low..high)
     }
 
     pub(super) fn of<'a, T>(&mut self, all: &'a [T]) -> &'a T {
