@@ -1,53 +1,36 @@
-//! The allocator of a process: its devices, each behind one lock, and what it asks of PyTorch.
+//! The allocator of a process: its devices, each behind one lock.
 
-pub use crate::device::{Allocation, BlockInfo, PoolState, Restored, SegmentInfo, SegmentPlace};
+mod hints;
+mod private_pools;
+
+pub use hints::Hints;
+pub use private_pools::PrivatePools;
+
+pub use crate::device::{Allocation, BlockInfo, PoolState, Restored, SegmentInfo, SegmentPlace, Snapshot};
+pub use crate::hooks::{Hooks, StreamFilter};
 pub use crate::segments::CustomAllocator;
 
 use crate::budget::MemoryInfo;
-use crate::device::{DeviceState, check_supported, no_allocation};
-use crate::driver::{Advice, DeviceIndex, DevicePtr, Driver, IpcHandle, Location, Stream};
+use crate::device::allocate::Served;
+use crate::device::state::DeviceState;
+use crate::device::{allocations, check, figures, reclaim, snapshot};
+use crate::driver::{DeviceIndex, DevicePtr, Driver, IpcHandle, Stream};
 use crate::error::{Error, Result};
-use crate::history::{Context, PlaceSample, Recording, TraceEntry};
-use crate::options::{AccessPattern, NativeOptions, Options};
-use crate::pools::MempoolId;
+use crate::history::{Context, PlaceSample, Recording};
+use crate::ids::MempoolId;
+use crate::options::{NativeOptions, Options};
+use crate::placement::check_supported;
+use crate::sizes::REQUEST_LIMIT;
 use crate::stats::{DeviceStats, PlaceStats, StatArray};
 use crate::thread_cache;
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-/// Whether allocations on a stream belong to a pool at this moment.
-pub type StreamFilter = Box<dyn Fn(Stream) -> bool + Send>;
-
-/// What the allocator asks of PyTorch.
-pub trait Hooks: Send + Sync + 'static {
-    /// Runs the registered free-memory callbacks; answers whether one freed something. Called without any lock.
-    fn free_memory_callbacks(&self) -> bool;
-    /// `c10::getApproximateTime()`, for the trace. Called under a device's lock.
-    fn approximate_time(&self) -> i64;
-    /// Asks a MemPool's own allocator for a segment. Called under a device's lock.
-    fn custom_alloc(&self, allocator: CustomAllocator, bytes: u64) -> Option<DevicePtr>;
-    /// Gives a segment back to it. False: that allocator cannot be reached now, and the driver frees. Called under a
-    /// device's lock.
-    fn custom_free(&self, allocator: CustomAllocator, ptr: DevicePtr) -> bool;
-    /// A pool is gone: it does not need its own allocator any more. Called under a device's lock.
-    fn pool_forgotten(&self, device: DeviceIndex, id: MempoolId);
-    /// Tells the trace trackers, after [`Allocator::set_tracing`]. Called under a device's lock.
-    fn trace(&self, entry: &TraceEntry);
-}
-
-/// What a snapshot holds.
-pub struct Snapshot {
-    /// Segments by device and address.
-    pub segments: Vec<SegmentInfo>,
-    /// The trace of each device, oldest entry first.
-    pub traces: Vec<Vec<TraceEntry>>,
-}
-
-/// A device's state for anything but allocating and freeing.
-fn settled(state: &Mutex<DeviceState>) -> MutexGuard<'_, DeviceState> {
+/// A device's state for anything but allocating and freeing: what the threads' caches did is counted.
+fn flushed(state: &Mutex<DeviceState>) -> MutexGuard<'_, DeviceState> {
     let mut state = state.lock();
-    state.settle();
+    state.flush_thread_caches();
     state
 }
 
@@ -159,10 +142,10 @@ impl Allocator {
             return Ok(ptr);
         }
         let state = self.device(device)?;
-        if bytes.wrapping_sub(1) >= crate::device::REQUEST_LIMIT - 1 {
+        if bytes.wrapping_sub(1) >= REQUEST_LIMIT - 1 {
             return self.refuse(state, bytes, stream, context);
         }
-        if let Ok(ptr) = state.lock().allocate_cached(bytes, stream, &mut context)? {
+        if let Served::Block(ptr) = state.lock().allocate_cached(bytes, stream, &mut context)? {
             return Ok(ptr);
         }
         self.allocate_new(state, bytes, stream, context)
@@ -178,7 +161,7 @@ impl Allocator {
     ) -> Result<DevicePtr> {
         // Callbacks free tensors, which takes the lock.
         self.hooks.free_memory_callbacks();
-        settled(state).allocate_new(bytes, stream, context)
+        flushed(state).allocate_new(bytes, stream, context)
     }
 
     #[cold]
@@ -192,7 +175,7 @@ impl Allocator {
         if bytes == 0 {
             return Err(Error::InvalidArgument("an allocation of 0 bytes was asked for; expected at least 1".into()));
         }
-        Err(settled(state).refuse(bytes, stream, context))
+        Err(flushed(state).refuse(bytes, stream, context))
     }
 
     /// The device of a live allocation.
@@ -215,7 +198,7 @@ impl Allocator {
     fn with_owner<T>(&self, ptr: DevicePtr, mut f: impl FnMut(&mut DeviceState) -> Result<T>) -> Result<T> {
         let mut result = Err(Error::InvalidPointer(ptr));
         self.owner(ptr, &mut |state| {
-            let owns = state.owns(ptr);
+            let owns = allocations::owns(state, ptr);
             if owns {
                 result = f(state);
             }
@@ -241,7 +224,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidPointer`].
     pub fn allocation(&self, ptr: DevicePtr) -> Result<Allocation> {
-        self.with_owner(ptr, |state| state.allocation(ptr))
+        self.with_owner(ptr, |state| allocations::allocation(state, ptr))
     }
 
     /// Notes that a live allocation is used on a stream of `device` other than its own.
@@ -257,7 +240,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidPointer`].
     pub fn base_allocation(&self, ptr: DevicePtr) -> Result<(DevicePtr, u64)> {
-        self.with_owner(ptr, |state| state.base_allocation(ptr))
+        self.with_owner(ptr, |state| allocations::base_allocation(state, ptr))
     }
 
     /// A handle by which another process opens the segment of this allocation, and the allocation's offset in it in bytes.
@@ -265,50 +248,17 @@ impl Allocator {
     /// # Errors
     /// [`Error::NotSupported`] for managed memory, of which CUDA gives no handles; [`Error::InvalidPointer`]; the driver's.
     pub fn ipc_handle(&self, ptr: DevicePtr) -> Result<(IpcHandle, u64)> {
-        self.with_owner(ptr, |state| state.ipc_handle(ptr))
+        self.with_owner(ptr, |state| allocations::ipc_handle(state, ptr))
     }
 
-    /// Runs `f` on the device that a hint's address belongs to: one inside an allocation will do.
-    fn hint(&self, what: &str, ptr: DevicePtr, f: impl FnOnce(&mut DeviceState) -> Result<()>) -> Result<()> {
-        for state in self.devices() {
-            let mut state = settled(state);
-            if state.holds(ptr) {
-                return f(&mut state);
-            }
-        }
-        Err(no_allocation(what, ptr))
+    /// Hints about live allocations.
+    pub fn hints(&self) -> Hints<'_> {
+        Hints(self)
     }
 
-    /// Moves the pages that a range inside one live allocation touches, in the order of a stream of its device. `to` is that
-    /// device or the host. Neighbours on the first and the last page move too, which is harmless; the books count the
-    /// whole pages inside the range. When the allocation is freed and its memory used again, the pages go back home, as
-    /// far as the device limit allows.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a range that is not inside one live allocation, another device, or more than the host
-    /// can take; [`Error::NotSupported`] for memory that is not managed and a stream that captures; the driver's. Nothing has
-    /// changed then.
-    pub fn prefetch(&self, ptr: DevicePtr, bytes: u64, to: Location, stream: Stream) -> Result<()> {
-        self.hint("prefetch", ptr, |state| state.prefetch(ptr, bytes, to, stream))
-    }
-
-    /// Gives the driver advice about the pages that a range inside one live allocation touches, neighbours included. When
-    /// the allocation is freed and its memory used again, the pages have the allocator's own advice again.
-    ///
-    /// # Errors
-    /// As [`Allocator::prefetch`], but for the stream.
-    pub fn advise(&self, ptr: DevicePtr, bytes: u64, advice: Advice) -> Result<()> {
-        self.hint("advise", ptr, |state| state.advise(ptr, bytes, advice))
-    }
-
-    /// Drops the contents of the whole pages inside a range inside one live allocation, in the order of a stream of its
-    /// device, and populates them again, so that writing to them is fast. What they hold then is indeterminate.
-    ///
-    /// # Errors
-    /// As [`Allocator::prefetch`]; [`Error::InvalidArgument`] also where no whole page lies inside the range,
-    /// [`Error::NotSupported`] also where the driver cannot discard. Where the driver fails half-way, contents may be lost.
-    pub fn discard(&self, ptr: DevicePtr, bytes: u64, stream: Stream) -> Result<()> {
-        self.hint("discard", ptr, |state| state.discard(ptr, bytes, stream))
+    /// The private pools of a device: those of CUDA graphs and MemPools.
+    pub fn pools(&self, device: DeviceIndex) -> PrivatePools<'_> {
+        PrivatePools { allocator: self, device }
     }
 
     /// What is populated where on a device, and what moved.
@@ -316,7 +266,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn place_stats(&self, device: DeviceIndex) -> Result<PlaceStats> {
-        Ok(settled(self.device(device)?).place_stats())
+        Ok(flushed(self.device(device)?).accounting().places)
     }
 
     /// How what is populated where has changed while the memory history was recorded, oldest first.
@@ -324,7 +274,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn place_samples(&self, device: DeviceIndex) -> Result<Vec<PlaceSample>> {
-        Ok(settled(self.device(device)?).place_samples())
+        Ok(flushed(self.device(device)?).accounting().samples())
     }
 
     /// The segments of a device by address, and where their pages lie.
@@ -332,7 +282,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn segment_places(&self, device: DeviceIndex) -> Result<Vec<SegmentPlace>> {
-        Ok(settled(self.device(device)?).segment_places())
+        Ok(snapshot::segment_places(&flushed(self.device(device)?)))
     }
 
     /// Gives cached memory back to CUDA: everything that can be, or only that of one released pool. Waits for frees that wait
@@ -343,7 +293,7 @@ impl Allocator {
     pub fn empty_cache(&self, mempool: MempoolId, context: Option<Context>) -> Result<()> {
         let mut first = Ok(());
         for state in self.devices() {
-            let released = settled(state).release_cached(mempool, &context);
+            let released = reclaim::empty_cache(&mut flushed(state), mempool, context.clone());
             first = first.and(released);
         }
         first
@@ -354,7 +304,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device; the driver's.
     pub fn cache_info(&self, device: DeviceIndex) -> Result<u64> {
-        settled(self.device(device)?).largest_available()
+        figures::largest_available(&flushed(self.device(device)?))
     }
 
     /// The fraction of the device's memory that the process may populate; 1 where none was set.
@@ -362,7 +312,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn memory_fraction(&self, device: DeviceIndex) -> Result<f64> {
-        Ok(settled(self.device(device)?).fraction())
+        Ok(flushed(self.device(device)?).limits().budget.fraction())
     }
 
     /// Limits what the process may populate to a fraction of the device's memory; 1 lifts the limit, the capacity stays.
@@ -373,7 +323,7 @@ impl Allocator {
         if !(0.0..=1.0).contains(&fraction) {
             return Err(Error::InvalidArgument(format!("invalid fraction: {fraction}. Please set within (0, 1).")));
         }
-        settled(self.device(device)?).budget_mut().set_fraction(fraction);
+        flushed(self.device(device)?).limits().budget.set_fraction(fraction);
         Ok(())
     }
 
@@ -382,7 +332,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn device_stats(&self, device: DeviceIndex) -> Result<DeviceStats> {
-        Ok(*settled(self.device(device)?).stats())
+        Ok(flushed(self.device(device)?).accounting().stats)
     }
 
     /// The bytes reserved in each private pool of a device; those of pools that are gone stay, at 0, until a reset.
@@ -390,7 +340,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn pool_reserved(&self, device: DeviceIndex) -> Result<Vec<(MempoolId, StatArray)>> {
-        Ok(settled(self.device(device)?).pool_reserved().collect())
+        Ok(flushed(self.device(device)?).accounting().pool_reserved().collect())
     }
 
     /// Starts the accumulated statistics anew.
@@ -398,7 +348,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn reset_accumulated_stats(&self, device: DeviceIndex) -> Result<()> {
-        settled(self.device(device)?).reset_accumulated_stats();
+        flushed(self.device(device)?).reset_accumulated_stats();
         Ok(())
     }
 
@@ -407,118 +357,14 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn reset_peak_stats(&self, device: DeviceIndex) -> Result<()> {
-        settled(self.device(device)?).reset_peak_stats();
+        flushed(self.device(device)?).reset_peak_stats();
         Ok(())
-    }
-
-    /// From now on requests on the streams that `filter` selects are served from this pool, which is made if need be and
-    /// held once more. `stream` is the caller's current stream: if that captures, a CUDA graph is being captured, else only
-    /// a MemPool is in use.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device, a released pool, or one already recorded to.
-    pub fn begin_allocate_to_pool(
-        &self,
-        device: DeviceIndex,
-        id: MempoolId,
-        filter: StreamFilter,
-        stream: Stream,
-        custom: Option<CustomAllocator>,
-    ) -> Result<()> {
-        settled(self.device(device)?).begin_allocate_to_pool(id, filter, stream, custom)
-    }
-
-    /// Ends [`Allocator::begin_allocate_to_pool`]; the pool stays held.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device or a pool not recorded to.
-    pub fn end_allocate_to_pool(&self, device: DeviceIndex, id: MempoolId) -> Result<()> {
-        settled(self.device(device)?).end_allocate_to_pool(id)
-    }
-
-    /// Lets go of a pool once.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device or pool.
-    pub fn release_pool(&self, device: DeviceIndex, id: MempoolId) -> Result<()> {
-        settled(self.device(device)?).release_pool(id)
-    }
-
-    /// Makes a pool, or holds it once more.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device or a released pool.
-    pub fn ensure_pool(&self, device: DeviceIndex, id: MempoolId, custom: Option<CustomAllocator>) -> Result<()> {
-        settled(self.device(device)?).ensure_pool(id, custom).map(|_| ())
-    }
-
-    /// How many graphs and MemPools hold a pool.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device or pool.
-    pub fn pool_use_count(&self, device: DeviceIndex, id: MempoolId) -> Result<i32> {
-        settled(self.device(device)?).pool_use_count(id)
-    }
-
-    /// Whether others may take this pool's free blocks before they run out of memory.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device or pool.
-    pub fn set_use_on_oom(&self, device: DeviceIndex, id: MempoolId, on: bool) -> Result<()> {
-        settled(self.device(device)?).set_use_on_oom(id, on)
-    }
-
-    /// Whether this pool's blocks are handed out whole.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device or pool.
-    pub fn set_no_split(&self, device: DeviceIndex, id: MempoolId, on: bool) -> Result<()> {
-        settled(self.device(device)?).set_no_split(id, on)
-    }
-
-    /// Where what a pool takes from CUDA from now on is placed.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device or pool; [`Error::NotSupported`] for managed memory on a device
-    /// without concurrent managed access.
-    pub fn set_pool_placement(&self, device: DeviceIndex, id: MempoolId, pattern: AccessPattern) -> Result<()> {
-        settled(self.device(device)?).set_placement(id, pattern)
-    }
-
-    /// Whether the live allocations of a pool are exactly these addresses.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device or pool.
-    pub fn check_pool_live_allocations(&self, device: DeviceIndex, id: MempoolId, expected: &[u64]) -> Result<bool> {
-        settled(self.device(device)?).check_pool_live_allocations(id, expected)
-    }
-
-    /// What a pool holds now, to be brought back by [`Allocator::restore_pool`].
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device or pool, or one with frees that wait for events; the driver's.
-    pub fn checkpoint_state(&self, device: DeviceIndex, id: MempoolId) -> Result<Arc<PoolState>> {
-        settled(self.device(device)?).checkpoint_state(id).map(Arc::new)
-    }
-
-    /// Brings a pool back to a checkpoint.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device or pool, or a checkpoint that does not fit; nothing has changed then.
-    pub fn restore_pool(&self, device: DeviceIndex, state: &PoolState, context: Option<Context>) -> Result<Restored> {
-        if state.device() != device {
-            return Err(Error::InvalidArgument(format!(
-                "a checkpoint of device {} cannot be restored on device {device}",
-                state.device()
-            )));
-        }
-        settled(self.device(device)?).restore_pool(state, context)
     }
 
     /// Starts or stops the memory history of all devices.
     pub fn set_history(&self, recording: Recording) {
         for state in self.devices() {
-            settled(state).set_history(recording);
+            snapshot::record(&mut flushed(state), recording);
         }
         self.history_enabled.store(recording.enabled, Ordering::Relaxed);
     }
@@ -531,7 +377,7 @@ impl Allocator {
     /// Whether [`Hooks::trace`] is told of everything that happens.
     pub fn set_tracing(&self, on: bool) {
         for state in self.devices() {
-            settled(state).set_tracking(on);
+            snapshot::track(&mut flushed(state), on);
         }
     }
 
@@ -540,7 +386,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn push_compile_context(&self, device: DeviceIndex, name: &str) -> Result<()> {
-        settled(self.device(device)?).push_compile_context(name);
+        flushed(self.device(device)?).tracer().push_compile_context(name);
         Ok(())
     }
 
@@ -549,7 +395,7 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device.
     pub fn pop_compile_context(&self, device: DeviceIndex) -> Result<()> {
-        settled(self.device(device)?).pop_compile_context();
+        flushed(self.device(device)?).tracer().pop_compile_context();
         Ok(())
     }
 
@@ -558,12 +404,12 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidPointer`].
     pub fn annotate(&self, ptr: DevicePtr, metadata: &str) -> Result<()> {
-        self.with_owner(ptr, |state| state.annotate(ptr, metadata))
+        self.with_owner(ptr, |state| allocations::annotate(state, ptr, metadata))
     }
 
     /// The stack that made the live allocation which this address lies in, where one was gathered.
     pub fn context_of(&self, address: u64) -> Option<Context> {
-        self.devices().iter().find_map(|state| settled(state).context_of(address))
+        self.devices().iter().find_map(|state| allocations::context_of(&flushed(state), address))
     }
 
     /// Allocates exactly the bytes at `address`, which the allocator must hold and nobody use.
@@ -579,25 +425,22 @@ impl Allocator {
         context: Option<Context>,
     ) -> Result<DevicePtr> {
         let state = self.device(device)?;
-        if bytes.wrapping_sub(1) >= crate::device::REQUEST_LIMIT - 1 {
+        if bytes.wrapping_sub(1) >= REQUEST_LIMIT - 1 {
             return self.refuse(state, bytes, stream, context);
         }
-        settled(state).allocate_at(address, bytes, stream, context)
+        flushed(state).allocate_at(address, bytes, stream, context)
     }
 
     /// All segments, or one pool's, with the traces where they are asked for.
-    ///
-    /// # Errors
-    /// None at present; snapshots of later kinds ask CUDA.
-    pub fn snapshot(&self, mempool: MempoolId, with_traces: bool) -> Result<Snapshot> {
+    pub fn snapshot(&self, mempool: MempoolId, with_traces: bool) -> Snapshot {
         let mut snapshot = Snapshot { segments: Vec::new(), traces: Vec::new() };
         for state in self.devices() {
-            let mut state = settled(state);
+            let mut state = flushed(state);
             // As `native`: the trace ends before the entry that marks this snapshot.
-            snapshot.traces.push(if with_traces { state.trace_entries() } else { Vec::new() });
-            snapshot.segments.extend(state.snapshot(mempool));
+            snapshot.traces.push(if with_traces { state.tracer().entries() } else { Vec::new() });
+            snapshot.segments.extend(snapshot::take(&mut state, mempool));
         }
-        Ok(snapshot)
+        snapshot
     }
 
     /// Where this process's memory stands on a device, and how much more it may have.
@@ -605,13 +448,13 @@ impl Allocator {
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device; the driver's.
     pub fn memory_info(&self, device: DeviceIndex) -> Result<MemoryInfo> {
-        settled(self.device(device)?).memory_info()
+        figures::memory_info(&flushed(self.device(device)?))
     }
 
     /// PyTorch's own settings: at start, and whenever they change.
     pub fn set_native_options(&self, native: NativeOptions) {
         for state in self.devices() {
-            settled(state).set_native_options(native.clone());
+            flushed(state).set_native_options(native.clone());
         }
         self.settings.lock().1 = native;
     }
@@ -641,17 +484,17 @@ impl Allocator {
             return Err(changed("uvm_access_pattern", from.into(), to.into()));
         }
         for state in self.devices() {
-            settled(state).set_options(options.clone());
+            flushed(state).set_options(options.clone());
         }
         settings.0 = options;
         Ok(())
     }
 
-    /// Checks that the books of every device balance. For tests.
+    /// Checks that the accounting of every device balances. For tests.
     ///
     /// # Errors
     /// What does not, in words.
     pub fn check(&self) -> std::result::Result<(), String> {
-        self.devices().iter().try_for_each(|state| settled(state).check())
+        self.devices().iter().try_for_each(|state| check::check(&flushed(state)))
     }
 }

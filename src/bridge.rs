@@ -15,8 +15,8 @@ use crate::driver::cuda::CudaDriver;
 use crate::driver::{Advice, DeviceIndex, DevicePtr, Location, Stream};
 use crate::error::{Error, Result};
 use crate::history;
+use crate::ids::MempoolId;
 use crate::options::AccessPattern;
-use crate::pools::MempoolId;
 use cxx::{SharedPtr, UniquePtr};
 use failure::{guarded, take_failure};
 use hooks::PyTorch;
@@ -546,7 +546,7 @@ fn location(device: DeviceIndex) -> Location {
 }
 
 fn prefetch(ptr: u64, bytes: u64, to: DeviceIndex, stream: u64) -> bool {
-    with(|allocator| allocator.prefetch(DevicePtr(ptr), bytes, location(to), Stream(stream))).is_some()
+    with(|allocator| allocator.hints().prefetch(DevicePtr(ptr), bytes, location(to), Stream(stream))).is_some()
 }
 
 fn advise(ptr: u64, bytes: u64, advice: &[u8], device: DeviceIndex) -> bool {
@@ -555,13 +555,13 @@ fn advise(ptr: u64, bytes: u64, advice: &[u8], device: DeviceIndex) -> bool {
         let advice = Advice::named(&name, location(device)).ok_or_else(|| {
             Error::InvalidArgument(format!("advice: '{name}' is not allowed: expected {}", Advice::EXPECTED))
         })?;
-        allocator.advise(DevicePtr(ptr), bytes, advice)
+        allocator.hints().advise(DevicePtr(ptr), bytes, advice)
     })
     .is_some()
 }
 
 fn discard(ptr: u64, bytes: u64, stream: u64) -> bool {
-    with(|allocator| allocator.discard(DevicePtr(ptr), bytes, Stream(stream))).is_some()
+    with(|allocator| allocator.hints().discard(DevicePtr(ptr), bytes, Stream(stream))).is_some()
 }
 
 fn place_stats(device: DeviceIndex, out: &mut ffi::PlaceStats) -> bool {
@@ -610,7 +610,7 @@ fn set_tracing(on: bool) -> bool {
 }
 
 fn snapshot(pool: ffi::PoolId, with_traces: bool, out: &mut ffi::Snapshot) -> bool {
-    answer(out, |allocator| allocator.snapshot(pool_id(pool), with_traces), convert::snapshot)
+    answer(out, |allocator| Ok(allocator.snapshot(pool_id(pool), with_traces)), convert::snapshot)
 }
 
 fn push_compile_context(device: DeviceIndex, name: &[u8]) -> bool {
@@ -643,33 +643,33 @@ fn begin_allocate_to_pool(
     with(|allocator| {
         let filter = hooks::Filter(filter);
         let filter = Box::new(move |stream: Stream| filter.accepts(stream));
-        allocator.begin_allocate_to_pool(device, pool_id(pool), filter, Stream(stream), custom_allocator(custom))
+        allocator.pools(device).begin_allocate_to_pool(pool_id(pool), filter, Stream(stream), custom_allocator(custom))
     })
     .is_some()
 }
 
 fn end_allocate_to_pool(device: DeviceIndex, pool: ffi::PoolId) -> bool {
-    with(|allocator| allocator.end_allocate_to_pool(device, pool_id(pool))).is_some()
+    with(|allocator| allocator.pools(device).end_allocate_to_pool(pool_id(pool))).is_some()
 }
 
 fn release_pool(device: DeviceIndex, pool: ffi::PoolId) -> bool {
-    with(|allocator| allocator.release_pool(device, pool_id(pool))).is_some()
+    with(|allocator| allocator.pools(device).release_pool(pool_id(pool))).is_some()
 }
 
 fn ensure_pool(device: DeviceIndex, pool: ffi::PoolId, custom: u64) -> bool {
-    with(|allocator| allocator.ensure_pool(device, pool_id(pool), custom_allocator(custom))).is_some()
+    with(|allocator| allocator.pools(device).ensure_pool(pool_id(pool), custom_allocator(custom))).is_some()
 }
 
 fn pool_use_count(device: DeviceIndex, pool: ffi::PoolId, count: &mut i32) -> bool {
-    answer(count, |allocator| allocator.pool_use_count(device, pool_id(pool)), |count| count)
+    answer(count, |allocator| allocator.pools(device).pool_use_count(pool_id(pool)), |count| count)
 }
 
 fn set_use_on_oom(device: DeviceIndex, pool: ffi::PoolId, on: bool) -> bool {
-    with(|allocator| allocator.set_use_on_oom(device, pool_id(pool), on)).is_some()
+    with(|allocator| allocator.pools(device).set_use_on_oom(pool_id(pool), on)).is_some()
 }
 
 fn set_no_split(device: DeviceIndex, pool: ffi::PoolId) -> bool {
-    with(|allocator| allocator.set_no_split(device, pool_id(pool), true)).is_some()
+    with(|allocator| allocator.pools(device).set_no_split(pool_id(pool), true)).is_some()
 }
 
 fn set_pool_placement(device: DeviceIndex, pool: ffi::PoolId, placement: &[u8]) -> bool {
@@ -678,13 +678,17 @@ fn set_pool_placement(device: DeviceIndex, pool: ffi::PoolId, placement: &[u8]) 
         let pattern = AccessPattern::named(&name).ok_or_else(|| {
             Error::InvalidArgument(format!("placement: '{name}' is not allowed: expected {}", AccessPattern::EXPECTED))
         })?;
-        allocator.set_pool_placement(device, pool_id(pool), pattern)
+        allocator.pools(device).set_pool_placement(pool_id(pool), pattern)
     })
     .is_some()
 }
 
 fn check_pool_live_allocations(device: DeviceIndex, pool: ffi::PoolId, expected: &[u64], equal: &mut bool) -> bool {
-    answer(equal, |allocator| allocator.check_pool_live_allocations(device, pool_id(pool), expected), |equal| equal)
+    answer(
+        equal,
+        |allocator| allocator.pools(device).check_pool_live_allocations(pool_id(pool), expected),
+        |equal| equal,
+    )
 }
 
 /// What C++ keeps of a checkpointed pool. Empty where taking the checkpoint failed: a `Box` cannot be null.
@@ -697,7 +701,7 @@ impl Checkpoint {
 }
 
 fn checkpoint(device: DeviceIndex, pool: ffi::PoolId) -> Box<Checkpoint> {
-    let state = with(|allocator| allocator.checkpoint_state(device, pool_id(pool)));
+    let state = with(|allocator| allocator.pools(device).checkpoint_state(pool_id(pool)));
     Box::new(Checkpoint(state))
 }
 
@@ -708,7 +712,7 @@ fn restore(
     out: &mut ffi::Restored,
 ) -> bool {
     let restore = |allocator: &Allocator| match &state.0 {
-        Some(state) => allocator.restore_pool(device, state, convert::context(context)),
+        Some(state) => allocator.pools(device).restore_pool(state, convert::context(context)),
         None => Err(Error::Internal("an empty checkpoint was restored".to_owned())),
     };
     answer(out, restore, |restored| ffi::Restored { freed: restored.freed, created: restored.created })

@@ -2,53 +2,11 @@
 
 use crate::driver::{DeviceInfo, DeviceMemory, HostMemory};
 use crate::error::Limit;
-use crate::options::{AccessPattern, Options};
-use crate::segments::Place;
+use crate::options::Options;
+use crate::place::{Place, Populated};
+use crate::placement::Policy;
 
 const MIB: u64 = 1 << 20;
-
-/// Populated bytes of one device by where they are meant to live.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct Populated {
-    /// On the GPU.
-    pub device: u64,
-    /// In host memory.
-    pub host: u64,
-    /// Wherever the driver moves them.
-    pub unplaced: u64,
-}
-
-impl Populated {
-    fn at(&mut self, place: Place) -> &mut u64 {
-        match place {
-            Place::Device => &mut self.device,
-            Place::Host => &mut self.host,
-            Place::Unplaced => &mut self.unplaced,
-        }
-    }
-
-    /// Counts bytes in.
-    pub fn add(&mut self, place: Place, bytes: u64) {
-        *self.at(place) += bytes;
-    }
-
-    /// Counts bytes out.
-    pub fn sub(&mut self, place: Place, bytes: u64) {
-        let at = self.at(place);
-        debug_assert!(*at >= bytes);
-        *at -= bytes;
-    }
-
-    /// All of them.
-    pub fn total(&self) -> u64 {
-        self.device + self.host + self.unplaced
-    }
-
-    /// What lies in host memory at the least: what was placed there, and what the device cannot hold.
-    fn on_host(&self, device_memory: u64) -> u64 {
-        self.host + (self.device + self.unplaced).saturating_sub(device_memory)
-    }
-}
 
 /// Where a process's memory stands on one device. All figures in bytes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -111,7 +69,7 @@ impl Budget {
             device_limit: options.device_limit.unwrap_or(device_memory - headroom),
             host_reserve: options.host_reserve,
             integrated: info.integrated,
-            device_only: options.access_pattern == AccessPattern::Device,
+            device_only: Policy(options.access_pattern).bounded_by_device(),
             fraction: None,
             host_baseline: None,
         }
@@ -237,6 +195,7 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::options::AccessPattern;
     use proptest::prelude::*;
 
     const GIB: u64 = 1 << 30;

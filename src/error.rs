@@ -1,7 +1,7 @@
 //! What can go wrong, in the terms of whoever called the allocator.
 
 use crate::driver::{DeviceIndex, DevicePtr, DriverError};
-use crate::stats::format_size;
+use crate::sizes::format_size;
 use std::fmt;
 
 /// Which limit stopped an allocation.
@@ -103,7 +103,7 @@ impl fmt::Display for OutOfMemory {
     }
 }
 
-/// An allocator call that could not do what was asked. The allocator's books balance after any of them.
+/// An allocator call that could not do what was asked. The allocator's accounting balances after any of them.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
 pub enum Error {
     /// A limit was met after all caches were given back.

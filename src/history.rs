@@ -1,8 +1,8 @@
 //! What `_record_memory_history` asked to be remembered.
 
-use crate::budget::Populated;
 use crate::driver::{DeviceIndex, Stream};
-use crate::pools::MempoolId;
+use crate::ids::MempoolId;
+use crate::place::Populated;
 use std::any::Any;
 use std::cell::RefCell;
 use std::collections::VecDeque;

@@ -3,7 +3,7 @@
 //! [`settings_string`](crate::settings_string).
 
 use crate::error::{Error, Result};
-use crate::segments::LARGE_STEP;
+use crate::sizes::LARGE_STEP;
 use std::fmt;
 use std::str::FromStr;
 

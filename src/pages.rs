@@ -1,6 +1,6 @@
 //! Sets of a segment's 2 MiB pages: pure data structures, no CUDA.
 
-use crate::segments::SMALL_STEP;
+use crate::sizes::SMALL_STEP;
 use std::ops::Range;
 
 /// The granule of all population, and of hints, in bytes.
@@ -77,6 +77,15 @@ impl Pages {
         gone
     }
 
+    /// Adds pages, or takes them out.
+    pub fn set(&mut self, pages: Range<u64>, within: bool) {
+        if within {
+            self.insert(pages);
+        } else {
+            self.remove(pages);
+        }
+    }
+
     /// Calls `work` for each word with bits for some of the pages, and a mask of those.
     fn each_word(&mut self, pages: Range<u64>, mut work: impl FnMut(&mut u64, u64) -> u32) -> u64 {
         let end = pages.end.min(self.words.len() as u64 * 64);
@@ -119,22 +128,24 @@ pub fn runs(pages: Range<u64>, which: impl Fn(u64) -> bool) -> Vec<Range<u64>> {
 
 /// What is special about some pages of a segment.
 #[derive(Clone, Default, Debug)]
-pub struct Marks {
+pub struct PageFlags {
     /// They lie elsewhere than their segment's place says: in host memory instead of on the device, or the other way
     /// round.
-    pub away: Pages,
+    pub nonresident: Pages,
     /// They were discarded and could not be populated again: writing to them would take seconds a GiB.
-    pub raw: Pages,
+    pub unpopulated: Pages,
     /// Their advice is that of the other place.
-    pub resettled: Pages,
+    pub advice_swapped: Pages,
     /// Their advice is the program's.
     pub advised: Pages,
 }
 
-impl Marks {
+impl PageFlags {
     /// Whether anything at all is special about some of these pages.
     pub fn any(&self, pages: Range<u64>) -> bool {
-        [&self.away, &self.raw, &self.resettled, &self.advised].into_iter().any(|set| set.any(pages.clone()))
+        [&self.nonresident, &self.unpopulated, &self.advice_swapped, &self.advised]
+            .into_iter()
+            .any(|set| set.any(pages.clone()))
     }
 }
 

@@ -1,8 +1,10 @@
 //! Where memory goes: decides from the access pattern and the pressure, and calls nothing.
 
 use crate::driver::{Advice, DeviceIndex, DeviceInfo, Location};
+use crate::error::{Error, Result};
 use crate::options::{AccessPattern, Options};
-use crate::segments::{Memory, Place};
+use crate::place::Place;
+use crate::segments::Memory;
 
 /// How a new segment is made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -13,21 +15,71 @@ pub struct Plan {
     pub place: Place,
 }
 
-/// The placement of a new segment, or the one that an existing segment must have to grow by `bytes`.
-///
-/// `resident` is what this process has populated on the device, `device_limit` the soft limit on it, in bytes.
-pub fn plan(pattern: AccessPattern, resident: u64, bytes: u64, device_limit: u64) -> Plan {
-    match pattern {
-        AccessPattern::Device => Plan { memory: Memory::Device, place: Place::Device },
-        AccessPattern::Balanced => Plan { memory: Memory::Managed, place: Place::Unplaced },
-        AccessPattern::CpuFirst => Plan { memory: Memory::Managed, place: Place::Host },
-        // A preferred location on the GPU switches the driver's thrashing protection off, so it is only given
-        // while there is room.
-        AccessPattern::GpuFirst if resident.saturating_add(bytes) <= device_limit => {
-            Plan { memory: Memory::Managed, place: Place::Device }
-        }
-        AccessPattern::GpuFirst => Plan { memory: Memory::Managed, place: Place::Host },
+/// What a placement means: everything that another access pattern decides otherwise is asked here.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Policy(pub AccessPattern);
+
+impl Policy {
+    /// Whether it needs managed memory, and so a device with concurrent managed access.
+    pub fn needs_managed(self) -> bool {
+        self.0 != AccessPattern::Device
     }
+
+    /// Whether its memory cannot exceed the device's, whatever the oversubscription ratio says.
+    pub fn bounded_by_device(self) -> bool {
+        self.0 == AccessPattern::Device
+    }
+
+    /// Whether it fills the device up to its limit, and live memory is evicted to the host beyond that.
+    pub fn evicts(self) -> bool {
+        self.0 == AccessPattern::GpuFirst
+    }
+
+    /// Whether new memory populates the device, so that cached memory there is given back first where it is short.
+    pub fn populates_device(self) -> bool {
+        matches!(self.0, AccessPattern::GpuFirst | AccessPattern::Device)
+    }
+
+    /// Where memory that was placed at `place` belongs when it is handed out again.
+    pub fn wanted(self, place: Place) -> Place {
+        if self.evicts() && place == Place::Host { Place::Device } else { place }
+    }
+
+    /// Whether memory at `place` is there for lack of room.
+    pub fn overflowed(self, place: Place) -> bool {
+        self.evicts() && place == Place::Host
+    }
+
+    /// The placement of a new segment, or the one that an existing segment must have to grow by `bytes`.
+    ///
+    /// `resident` is what this process has populated on the device, `device_limit` the soft limit on it, in bytes.
+    pub fn plan(self, resident: u64, bytes: u64, device_limit: u64) -> Plan {
+        let managed = |place| Plan { memory: Memory::Managed, place };
+        match self.0 {
+            AccessPattern::Device => Plan { memory: Memory::Device, place: Place::Device },
+            AccessPattern::Balanced => managed(Place::Unplaced),
+            AccessPattern::CpuFirst => managed(Place::Host),
+            // A preferred location on the GPU switches the driver's thrashing protection off, so it is only given
+            // while there is room.
+            AccessPattern::GpuFirst if resident.saturating_add(bytes) <= device_limit => managed(Place::Device),
+            AccessPattern::GpuFirst => managed(Place::Host),
+        }
+    }
+}
+
+/// Whether a device can place memory so.
+///
+/// # Errors
+/// [`Error::NotSupported`], with what works instead.
+pub fn check_supported(info: &DeviceInfo, device: DeviceIndex, pattern: AccessPattern) -> Result<()> {
+    if !Policy(pattern).needs_managed() || (info.managed_memory && info.concurrent_managed_access) {
+        return Ok(());
+    }
+    Err(Error::NotSupported(format!(
+        "use_uvm:True needs a device with concurrent managed access; device {device} ({}) has none (as under Windows, WSL \
+         and on Tegra). Allowed here: uvm_access_pattern:device, or use_uvm:False",
+        info.name
+    )))
 }
 
 /// The host memory nearest to the device. Only hardware-coherent machines (GH200) have GPU memory as NUMA nodes of the
@@ -124,13 +176,13 @@ mod tests {
 
     #[test]
     fn gpu_first_stops_at_the_limit() {
-        let place = |resident, bytes| plan(AccessPattern::GpuFirst, resident, bytes, 100).place;
+        let place = |resident, bytes| Policy(AccessPattern::GpuFirst).plan(resident, bytes, 100).place;
         assert_eq!(place(0, 100), Place::Device);
         assert_eq!(place(1, 100), Place::Host);
         assert_eq!(place(u64::MAX, 1), Place::Host);
-        assert_eq!(plan(AccessPattern::CpuFirst, 0, 1, 100).place, Place::Host);
-        assert_eq!(plan(AccessPattern::Balanced, 0, 1, 100).place, Place::Unplaced);
-        assert_eq!(plan(AccessPattern::Device, 500, 1, 100).memory, Memory::Device);
+        assert_eq!(Policy(AccessPattern::CpuFirst).plan(0, 1, 100).place, Place::Host);
+        assert_eq!(Policy(AccessPattern::Balanced).plan(0, 1, 100).place, Place::Unplaced);
+        assert_eq!(Policy(AccessPattern::Device).plan(500, 1, 100).memory, Memory::Device);
     }
 
     #[test]

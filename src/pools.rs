@@ -1,25 +1,12 @@
 //! Which free list serves a request: small or large, by stream, of the default pool or a private one.
 
-use crate::blocks::{FreeList, ListId};
 use crate::driver::Stream;
+use crate::free_list::FreeList;
+use crate::ids::{DEFAULT_POOL, ListId, MempoolId, PoolId};
 use crate::options::AccessPattern;
-use crate::segments::{CustomAllocator, SMALL_LIMIT};
+use crate::segments::CustomAllocator;
+use crate::sizes::SMALL_LIMIT;
 use rustc_hash::FxHashMap;
-
-/// `c10::MempoolId_t`: (0, n) for pools made by graphs, (n, 0) for user pools; (0, 0) is the default pool.
-pub type MempoolId = (u64, u64);
-
-/// The default pool.
-pub const DEFAULT_POOL: MempoolId = (0, 0);
-
-/// Index of a pool on its device.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct PoolId(u32);
-
-impl PoolId {
-    /// The pool of everything that asked for none.
-    pub const DEFAULT: Self = Self(0);
-}
 
 /// No pool has this index.
 const NOTHING_RECENT: (PoolId, Stream, [ListId; 2]) = (PoolId(u32::MAX), Stream(0), [ListId(u32::MAX); 2]);

@@ -1,4 +1,6 @@
-//! How short of device memory a process is, and who makes room: decides, calls nothing.
+//! How short of device memory a process is, and which live memory is evicted or promoted: decides, calls nothing.
+
+use rustc_hash::FxHashMap;
 
 /// The stages of a device that fills up.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
@@ -8,7 +10,7 @@ pub enum Stage {
     Ample,
     /// Less than the threshold is free: cached memory is given back before the device is populated further.
     Short,
-    /// The limit is met: what lives long moves out, or new memory is placed in host memory.
+    /// The limit is met: what lives long is evicted to host memory, or new memory is placed there.
     Full,
 }
 
@@ -47,7 +49,7 @@ impl Pressure {
     }
 
     /// How many bytes may come to the device without it being short again.
-    pub fn room(limit: u64, resident: u64, keep: u64) -> u64 {
+    pub fn headroom(limit: u64, resident: u64, keep: u64) -> u64 {
         limit.saturating_sub(resident).saturating_sub(leave(limit, keep))
     }
 }
@@ -58,7 +60,7 @@ fn leave(limit: u64, keep: u64) -> u64 {
     keep.saturating_add(keep / 2).min(limit.max(keep))
 }
 
-/// A live allocation on the device that may move out.
+/// A live allocation on the device that may be evicted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Resident {
     /// Its first byte.
@@ -69,47 +71,47 @@ pub struct Resident {
     pub bytes: u64,
 }
 
-/// Which live allocations move out, and how much of each.
+/// Which live allocations are evicted from the device to host memory, and how much of each.
 ///
-/// Programs that train or infer touch what lives long in turns, once a step: of such memory whatever is moved out is needed
+/// Programs that train or infer touch what lives long in turns, once a step: of such memory whatever is evicted is needed
 /// again, and the least recently used is needed next. So what came first stays (weights), and what came last goes
 /// (optimizer state, caches of keys and values); what lives short (activations) stays by all means.
 ///
 /// The clock is the bytes that the program has freed, so that time passes where memory comes and goes, and stands still while
 /// a model is loaded. An allocation lives long when twice the device limit was freed since: few activations see that, and where
-/// they do, moving them is regretted and the age demanded grows. Less would do for inference, but in training what should go, the
+/// they do, evicting them was premature and the age demanded grows. Less would do for inference, but in training what should go, the
 /// optimizer's state, is only made at the end of the first step.
 #[derive(Clone, Copy, Debug)]
-pub struct Movers {
+pub struct EvictionPolicy {
     /// The age demanded, in device limits.
     limits: u64,
     /// Not before so many bytes were freed in all: the last search found too little, or more memory was placed in the host.
     not_before: u64,
 }
 
-impl Default for Movers {
+impl Default for EvictionPolicy {
     fn default() -> Self {
         Self { limits: YOUNGEST, not_before: 0 }
     }
 }
 
-/// A move out, for the question whether it is regretted.
+/// An eviction, for the question whether it was premature.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Move {
+pub struct Eviction {
     /// How many bytes had been freed in all.
     at: u64,
-    /// The age demanded then, as in [`Movers`].
+    /// The age demanded then, as in [`EvictionPolicy`].
     limits: u64,
 }
 
 /// Allocations live long that are older than so many times the device limit, in bytes freed since.
 const YOUNGEST: u64 = 2;
-/// How far regrets raise that.
+/// How far premature evictions raise that.
 const OLDEST: u64 = YOUNGEST << 5;
 /// After a search that found too little, this part of the device limit is freed before the next.
 const PAUSE: u64 = 16;
 
-impl Movers {
+impl EvictionPolicy {
     /// The age in bytes freed since from which allocations are long-lived.
     pub fn age(&self, limit: u64) -> u64 {
         limit.saturating_mul(self.limits)
@@ -122,7 +124,7 @@ impl Movers {
 
     /// More memory was placed in the host because the device limit was met. What is new in the program may be what should
     /// go, and is too young to tell: nothing moves before it is old enough.
-    pub fn grew(&mut self, clock: u64, limit: u64) {
+    pub fn overflowed(&mut self, clock: u64, limit: u64) {
         self.not_before = clock.saturating_add(self.age(limit));
     }
 
@@ -143,56 +145,91 @@ impl Movers {
         all.into_iter().map_while(take).collect()
     }
 
-    /// A move out now.
-    pub fn moved(&self, clock: u64) -> Move {
-        Move { at: clock, limits: self.limits }
+    /// An eviction now.
+    pub fn evicted(&self, clock: u64) -> Eviction {
+        Eviction { at: clock, limits: self.limits }
     }
 
-    /// An allocation that was moved out is freed. Answers whether that was so soon that it had better stayed: then more age is
-    /// asked for, once for all that was moved at the same age.
-    pub fn freed(&mut self, moved: Move, clock: u64, limit: u64) -> bool {
-        let regretted = clock.saturating_sub(moved.at) < self.age(limit);
-        if regretted && moved.limits == self.limits {
+    /// An evicted allocation is freed. Answers whether that was so soon that it had better stayed: then more age is
+    /// asked for, once for all that was evicted at the same age.
+    pub fn freed(&mut self, eviction: Eviction, clock: u64, limit: u64) -> bool {
+        let premature = clock.saturating_sub(eviction.at) < self.age(limit);
+        if premature && eviction.limits == self.limits {
             self.limits = (self.limits * 2).min(OLDEST);
         }
-        regretted
+        premature
     }
 }
 
-/// When live memory that was moved out comes back to the device.
+/// When live memory that was evicted is promoted: comes back to the device.
 ///
 /// It may at once, when the program has given memory back and the device is ample. But one that empties its cache in each step
 /// needs the room again in the next: where what came back had to go again before it had lived long, it waits, and each time
 /// twice as long as the last.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Returns {
-    /// How many quarters of the device limit are freed between a move out and the next return.
+pub struct PromotionPolicy {
+    /// How many quarters of the device limit are freed between an eviction and the next promotion.
     quarters: u64,
-    /// When memory last moved out, and last came back, in bytes freed.
+    /// When memory was last evicted, and last promoted, in bytes freed.
     out: Option<u64>,
     back: Option<u64>,
 }
 
-/// The wait between a move out and a return is at most so many quarters of the device limit: as long as [`OLDEST`].
+/// The wait between an eviction and a promotion is at most so many quarters of the device limit: as long as [`OLDEST`].
 const LONGEST: u64 = 4 * OLDEST;
 
-impl Returns {
-    /// Whether memory may come back.
-    pub fn may_return(&self, clock: u64, limit: u64) -> bool {
+impl PromotionPolicy {
+    /// Whether live memory may be promoted.
+    pub fn may_promote(&self, clock: u64, limit: u64) -> bool {
         self.out.is_none_or(|out| clock.saturating_sub(out) >= (limit / 4).saturating_mul(self.quarters))
     }
 
-    /// Memory has come back.
-    pub fn returned(&mut self, clock: u64) {
+    /// Live memory was promoted.
+    pub fn promoted(&mut self, clock: u64) {
         self.back = Some(clock);
     }
 
-    /// Memory has moved out.
-    pub fn moved_out(&mut self, clock: u64, limit: u64) {
+    /// Live memory was evicted.
+    pub fn evicted(&mut self, clock: u64, limit: u64) {
         if self.back.take().is_some_and(|back| clock.saturating_sub(back) < limit.saturating_mul(YOUNGEST)) {
             self.quarters = (self.quarters * 2).clamp(1, LONGEST);
         }
         self.out = Some(clock);
+    }
+}
+
+/// What is known about evictions on one device.
+#[derive(Default)]
+pub struct Evictions {
+    /// How short of device memory it is.
+    pub pressure: Pressure,
+    /// Which live memory is evicted.
+    pub policy: EvictionPolicy,
+    /// When it is promoted.
+    pub promotion: PromotionPolicy,
+    /// Evicted live allocations, by address.
+    evicted: FxHashMap<u64, Eviction>,
+}
+
+impl Evictions {
+    /// A live allocation was evicted, some of it or all.
+    pub fn evicted(&mut self, address: u64, clock: u64) {
+        self.evicted.entry(address).or_insert(self.policy.evicted(clock));
+    }
+
+    /// A live allocation is freed. Answers whether it was evicted too soon before.
+    pub fn freed(&mut self, address: u64, clock: u64, limit: u64) -> bool {
+        self.evicted.remove(&address).is_some_and(|eviction| self.policy.freed(eviction, clock, limit))
+    }
+
+    /// An allocation is not to be promoted: all of it is on the device again, or the program wants it elsewhere.
+    pub fn forget(&mut self, address: u64) {
+        self.evicted.remove(&address);
+    }
+
+    /// The evicted allocations.
+    pub fn addresses(&self) -> impl ExactSizeIterator<Item = u64> + '_ {
+        self.evicted.keys().copied()
     }
 }
 
@@ -227,7 +264,7 @@ mod tests {
         pressure.observe(100, 90, 0, 20);
         assert_eq!(pressure.margin(100, 20), 30);
         assert_eq!(
-            (Pressure::room(100, 60, 20), Pressure::room(100, 70, 20), Pressure::room(100, 120, 20)),
+            (Pressure::headroom(100, 60, 20), Pressure::headroom(100, 70, 20), Pressure::headroom(100, 120, 20)),
             (10, 0, 0)
         );
         // A threshold that can hardly be reached can be left.
@@ -249,36 +286,36 @@ mod tests {
     #[test]
     fn the_youngest_of_the_long_lived_goes() {
         let all = vec![resident(1, 0, 40), resident(2, 500, 30), resident(3, 900, 30), resident(4, 400, 10)];
-        let mut movers = Movers::default();
+        let mut policy = EvictionPolicy::default();
         // The activation at 3 is too young; the weights at 1 stay as long as others are enough.
-        assert_eq!(movers.choose(all.clone(), 1000, 100, 35), [(2, 30), (4, 5)]);
-        assert_eq!(movers.choose(all.clone(), 1000, 100, 80), [(2, 30), (4, 10), (1, 40)]);
-        assert_eq!(movers.choose(all.clone(), 1000, 100, 81), [], "half of the room is no room");
-        assert!(!movers.may_search(1005) && movers.may_search(1006));
-        assert_eq!(movers.choose(all, 1000, 400, 40), [(1, 40)], "what is long depends on the limit");
+        assert_eq!(policy.choose(all.clone(), 1000, 100, 35), [(2, 30), (4, 5)]);
+        assert_eq!(policy.choose(all.clone(), 1000, 100, 80), [(2, 30), (4, 10), (1, 40)]);
+        assert_eq!(policy.choose(all.clone(), 1000, 100, 81), [], "half of the room is no room");
+        assert!(!policy.may_search(1005) && policy.may_search(1006));
+        assert_eq!(policy.choose(all, 1000, 400, 40), [(1, 40)], "what is long depends on the limit");
     }
 
     #[test]
     fn nothing_moves_before_what_is_new_is_known() {
-        let mut movers = Movers::default();
-        movers.grew(1000, 100);
-        assert!(!movers.may_search(1199) && movers.may_search(1200));
+        let mut policy = EvictionPolicy::default();
+        policy.overflowed(1000, 100);
+        assert!(!policy.may_search(1199) && policy.may_search(1200));
     }
 
     #[test]
-    fn returns_become_rarer_where_they_do_not_last() {
-        let mut returns = Returns::default();
-        returns.moved_out(1000, 100);
-        assert!(returns.may_return(1000, 100), "the first at once");
-        returns.returned(1000);
-        returns.moved_out(1200, 100);
-        assert!(returns.may_return(1200, 100), "it had been back for long");
+    fn promotions_become_rarer_where_they_do_not_last() {
+        let mut policy = PromotionPolicy::default();
+        policy.evicted(1000, 100);
+        assert!(policy.may_promote(1000, 100), "the first at once");
+        policy.promoted(1000);
+        policy.evicted(1200, 100);
+        assert!(policy.may_promote(1200, 100), "it had been back for long");
         let mut waits = Vec::new();
         let mut clock = 2000;
         for _ in 0..12 {
-            returns.returned(clock);
-            returns.moved_out(clock + 10, 100);
-            let wait = (0..).find(|wait| returns.may_return(clock + 10 + wait, 100)).unwrap();
+            policy.promoted(clock);
+            policy.evicted(clock + 10, 100);
+            let wait = (0..).find(|wait| policy.may_promote(clock + 10 + wait, 100)).unwrap();
             waits.push(wait);
             clock += 10 + wait;
         }
@@ -286,18 +323,18 @@ mod tests {
     }
 
     #[test]
-    fn a_move_that_was_regretted_raises_the_age() {
-        let mut movers = Movers::default();
-        let early = movers.moved(1000);
-        assert!(!movers.freed(early, 1200, 100), "it was out for long");
-        assert_eq!(movers.age(100), 200);
-        assert!(movers.freed(early, 1199, 100));
-        assert_eq!(movers.age(100), 400);
-        assert!(movers.freed(early, 1199, 100), "what was moved with it says no more");
-        assert_eq!(movers.age(100), 400);
+    fn a_premature_eviction_raises_the_age() {
+        let mut policy = EvictionPolicy::default();
+        let early = policy.evicted(1000);
+        assert!(!policy.freed(early, 1200, 100), "it was out for long");
+        assert_eq!(policy.age(100), 200);
+        assert!(policy.freed(early, 1199, 100));
+        assert_eq!(policy.age(100), 400);
+        assert!(policy.freed(early, 1199, 100), "what was moved with it says no more");
+        assert_eq!(policy.age(100), 400);
         for _ in 0..100 {
-            movers.freed(movers.moved(0), 0, 100);
+            policy.freed(policy.evicted(0), 0, 100);
         }
-        assert_eq!(movers.age(100), 6400, "bounded");
+        assert_eq!(policy.age(100), 6400, "bounded");
     }
 }

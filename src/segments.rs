@@ -2,30 +2,19 @@
 //!
 //! A *growing* segment is managed address space of which only the start is populated; it grows as blocks
 //! need it, so that large and changing requests tile into one range. Where CUDA can discard memory, its free pages can be
-//! given back alone: those at its end, and others, which leave holes. A *fixed* segment is populated
+//! given back alone: those at its end, and others, which leave decommitted blocks. A *fixed* segment is populated
 //! whole when it is made: plain device memory, a MemPool's own allocator, and oversize requests.
 
-use crate::blocks::{BlockId, ListId, MIN_BLOCK};
 use crate::driver::DevicePtr;
 use crate::history::Context;
+use crate::ids::{BlockId, ListId};
 use crate::options::NativeOptions;
-use crate::pages::{Marks, PAGE};
-
-/// Index of a segment on its device.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
-pub struct SegmentId(pub u32);
+use crate::pages::{PAGE, PageFlags};
+use crate::place::Place;
+use crate::sizes::{LARGE_REQUEST, MIN_BLOCK, SMALL_LIMIT, SMALL_STEP, round_up};
 
 const MIB: u64 = 1 << 20;
 
-/// Requests up to here are served by the small pool (`kSmallSize`).
-pub const SMALL_LIMIT: u64 = MIB;
-/// Small pools are populated in this step (`kSmallBuffer`); also the granule of all population and of GPU pages.
-pub const SMALL_STEP: u64 = 2 * MIB;
-/// Large pools are populated at least this much at a time, for requests under [`LARGE_REQUEST`], where PyTorch's
-/// `large_segment_size_mb` does not say otherwise. Steps of 2 MiB run at a third of the speed.
-pub const LARGE_STEP: u64 = 20 * MIB;
-/// Requests from here on are populated as they are, rounded to 2 MiB (`kMinLargeAlloc`).
-pub const LARGE_REQUEST: u64 = 10 * MIB;
 /// Address space of a small pool's segment, at least. CUDA only takes a segment back whole, so it is not larger
 /// than saves calls.
 const SMALL_RANGE: u64 = 32 * MIB;
@@ -53,29 +42,6 @@ pub enum Memory {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct CustomAllocator(pub u64);
 
-/// Where a segment's populated bytes are meant to live.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
-pub enum Place {
-    /// On the GPU.
-    Device,
-    /// In host memory, reachable from the GPU.
-    Host,
-    /// Wherever the driver moves them.
-    Unplaced,
-}
-
-impl Place {
-    /// Where pages lie that are not where their segment's place says.
-    #[must_use]
-    pub fn other(self) -> Self {
-        match self {
-            Self::Device => Self::Host,
-            Self::Host => Self::Device,
-            Self::Unplaced => Self::Unplaced,
-        }
-    }
-}
-
 /// A range of address space taken from CUDA.
 pub struct Segment {
     /// First byte.
@@ -84,8 +50,8 @@ pub struct Segment {
     pub range_bytes: u64,
     /// Bytes from the start of the range that its blocks fill; equal to `range_bytes` for fixed segments.
     pub filled: u64,
-    /// How many of them are holes: [`crate::blocks::BlockState::Vacant`]. The rest is populated.
-    pub vacant: u64,
+    /// How many of them are decommitted ([`crate::blocks::BlockState::Decommitted`]). The rest is populated.
+    pub decommitted: u64,
     /// Up to here, in bytes from the start, what lies beyond `filled` has been discarded. Writing there without a
     /// prefetch first takes seconds a GiB.
     pub discarded: u64,
@@ -99,38 +65,38 @@ pub struct Segment {
     pub oversize: bool,
     /// The free list that its blocks belong to.
     pub list: ListId,
-    /// The block at the end of the filled part; never a hole.
+    /// The block at the end of the filled part; never a decommitted one.
     pub last: BlockId,
     /// The list's reuse counter when the segment became wholly free (garbage collection's age).
     pub free_since: u64,
-    /// What is special about some of its pages. Never about holes.
-    pub marks: Marks,
+    /// What is special about some of its pages. Never about decommitted ones.
+    pub flags: PageFlags,
     /// The stack that made it.
     pub context: Option<Context>,
 }
 
 impl Segment {
     /// How many bytes it can still grow.
-    pub fn room(&self) -> u64 {
+    pub fn growable(&self) -> u64 {
         if self.growing { self.range_bytes - self.filled } else { 0 }
     }
 
     /// How many bytes are populated.
     pub fn populated(&self) -> u64 {
-        self.filled - self.vacant
+        self.filled - self.decommitted
     }
 
     /// How many bytes are populated elsewhere than its place says.
-    pub fn away(&self) -> u64 {
-        self.marks.away.len() * PAGE
+    pub fn nonresident(&self) -> u64 {
+        self.flags.nonresident.len() * PAGE
     }
 
     /// How many bytes are populated in `place`.
     pub fn populated_in(&self, place: Place) -> u64 {
         if place == self.place {
-            self.populated() - self.away()
+            self.populated() - self.nonresident()
         } else if place == self.place.other() {
-            self.away()
+            self.nonresident()
         } else {
             0
         }
@@ -140,16 +106,6 @@ impl Segment {
     pub fn discarded_end(&self) -> u64 {
         self.discarded.saturating_sub(self.filled)
     }
-}
-
-fn round_up(bytes: u64, granule: u64) -> u64 {
-    bytes.div_ceil(granule) * granule
-}
-
-/// A request rounded to whole blocks' granules; 0 for what no block can serve.
-#[inline]
-pub fn round_to_block(bytes: u64) -> u64 {
-    bytes.wrapping_add(MIN_BLOCK - 1) & !(MIN_BLOCK - 1)
 }
 
 /// A request as blocks serve it: a multiple of 512 bytes, or of a share of its power of two where

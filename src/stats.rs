@@ -1,6 +1,6 @@
 //! The counters behind `torch.cuda.memory_stats()`. Names and meanings are `c10::CachingDeviceAllocator::DeviceStats`'s.
 
-use crate::budget::Populated;
+use crate::place::Populated;
 
 /// One statistic: a level, its peak, and what went in and out of it (counts or bytes).
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -269,20 +269,5 @@ impl PlaceStats {
         for level in [&mut self.device, &mut self.host, &mut self.unplaced] {
             level.peak = level.current;
         }
-    }
-}
-
-/// A size as PyTorch's messages print it (`c10::CachingDeviceAllocator::format_size`).
-pub fn format_size(bytes: u64) -> String {
-    const KIB: f64 = 1024.0;
-    let b = bytes as f64;
-    if bytes <= 1 << 10 {
-        format!("{bytes} bytes")
-    } else if bytes <= 1 << 20 {
-        format!("{:.2} KiB", b / KIB)
-    } else if bytes <= 1 << 30 {
-        format!("{:.2} MiB", b / (KIB * KIB))
-    } else {
-        format!("{:.2} GiB", b / (KIB * KIB * KIB))
     }
 }

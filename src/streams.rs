@@ -10,8 +10,8 @@
 //!
 //! This module knows which blocks wait for what; it does not know what becomes of a block that has finished waiting.
 
-use crate::blocks::BlockId;
 use crate::driver::{DeviceIndex, Driver, DriverError, Event, Result, Stream, captures};
+use crate::ids::BlockId;
 use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
 

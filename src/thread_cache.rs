@@ -2,18 +2,18 @@
 //!
 //! Threads that allocate at the same time would otherwise hand the device's lock, and every cache line behind it, to and
 //! fro. A [`ThreadCache`] belongs to one thread and one device. It holds a few blocks of the default pool that the
-//! device's books call allocated. Each is either *live*, the program's, or *parked*, freed and waiting for the thread's
+//! device's heap calls allocated. Each is either *live*, the program's, or *parked*, freed and waiting for the thread's
 //! next request of its size and stream. Going from one to the other takes the cache's own lock, which nobody else wants.
 //!
-//! The books stay exact because everybody else looks first: whoever asks the device for a figure, or for a block that the
+//! The accounting stays exact because everybody else looks first: whoever asks the device for a figure, or for a block that the
 //! free lists do not have or that would raise a peak, first takes the parked blocks of all threads back
 //! ([`crate::device`]). So parked memory is never the reason for more memory, for an error, or for a wrong figure.
 //!
 //! Locks are taken in one order: the device's, then a cache's.
 
-use crate::blocks::BlockId;
 use crate::driver::{DeviceIndex, DevicePtr, Stream};
-use crate::segments::round_to_block;
+use crate::ids::{BlockId, ThreadId};
+use crate::sizes::round_to_block;
 use parking_lot::Mutex;
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -26,32 +26,7 @@ const TRUST: u32 = 16;
 /// A thread that does not park tries again with one free in so many.
 const PROBE: u32 = 16;
 
-/// Index of a cache among its device's.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct ThreadId(u16);
-
-impl ThreadId {
-    /// No thread.
-    pub const NONE: Self = Self(u16::MAX);
-
-    /// The cache at this place, where such an index exists.
-    pub fn new(index: usize) -> Option<Self> {
-        u16::try_from(index).ok().map(Self).filter(|&id| id != Self::NONE)
-    }
-
-    /// Its place.
-    pub fn index(self) -> usize {
-        self.0.into()
-    }
-
-    /// Whether this is a cache at all.
-    #[inline]
-    pub fn is_some(self) -> bool {
-        self != Self::NONE
-    }
-}
-
-/// A block in a cache, and what happened to it since the books were written.
+/// A block in a cache, and what happened to it since the accounting was brought up to date.
 #[derive(Clone, Copy, Debug)]
 pub struct Slot {
     /// First byte.
@@ -62,7 +37,7 @@ pub struct Slot {
     pub requested: u64,
     /// The stream it serves.
     pub stream: Stream,
-    /// Its place in the books.
+    /// Its place in the heap.
     pub block: BlockId,
     /// Freed, and not yet the program's again.
     pub parked: bool,
@@ -264,7 +239,7 @@ pub fn mine(allocator: u64, device: DeviceIndex) -> Option<ThreadId> {
     .flatten()
 }
 
-/// Parks a block that this thread allocated last. False: it must be freed in the books.
+/// Parks a block that this thread allocated last. False: it must be freed in the heap.
 #[inline]
 pub fn free(allocator: u64, ptr: DevicePtr) -> bool {
     MINE.try_with(|all| all.0.borrow().iter().any(|mine| mine.allocator == allocator && mine.cache.free(ptr)))

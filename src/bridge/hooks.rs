@@ -1,10 +1,11 @@
 //! What the allocator asks of PyTorch.
 
 use super::{convert, ffi};
-use crate::allocator::{CustomAllocator, Hooks};
 use crate::driver::{DeviceIndex, DevicePtr, Stream};
 use crate::history::TraceEntry;
-use crate::pools::MempoolId;
+use crate::hooks::Hooks;
+use crate::ids::MempoolId;
+use crate::segments::CustomAllocator;
 use cxx::UniquePtr;
 
 /// PyTorch, through C++ functions that never throw.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use torch_uvm::driver::DevicePtr;
 use torch_uvm::error::Error;
 use torch_uvm::history::{self, Action, Actions, Context, RecordContext, Recording};
+use torch_uvm::ids::DEFAULT_POOL;
 use torch_uvm::options::NativeOptions;
-use torch_uvm::pools::DEFAULT_POOL;
 use torch_uvm_sim::{Config, PointerKind};
 
 #[test]
@@ -89,7 +89,7 @@ fn neighbours_merge_whatever_the_order_of_frees() {
         world.allocator.free(blocks[index], None).unwrap();
         world.check();
     }
-    let snapshot = world.allocator.snapshot(DEFAULT_POOL, true).unwrap();
+    let snapshot = world.allocator.snapshot(DEFAULT_POOL, true);
     assert_eq!(snapshot.segments.len(), 1);
     assert_eq!(snapshot.segments[0].blocks.len(), 1);
     world.finish();
@@ -228,7 +228,7 @@ fn history_and_snapshot_tell_what_happened() {
     let ptr = world.allocator.allocate(0, 1000, world.streams[0], stack()).unwrap();
     world.allocator.free(ptr, None).unwrap();
     let kept = world.allocator.allocate(0, 600, world.streams[0], stack()).unwrap();
-    let snapshot = world.allocator.snapshot(DEFAULT_POOL, true).unwrap();
+    let snapshot = world.allocator.snapshot(DEFAULT_POOL, true);
     let actions: Vec<Action> = snapshot.traces[0].iter().map(|entry| entry.action).collect();
     assert_eq!(
         actions,
@@ -242,7 +242,7 @@ fn history_and_snapshot_tell_what_happened() {
     assert_eq!((blocks[1].bytes, blocks[1].active), (2 * MIB - 1024, false));
     world.allocator.set_history(Recording { enabled: false, ..recording(RecordContext::Never) });
     world.allocator.free(kept, None).unwrap();
-    assert!(world.allocator.snapshot(DEFAULT_POOL, true).unwrap().traces[0].is_empty());
+    assert!(world.allocator.snapshot(DEFAULT_POOL, true).traces[0].is_empty());
     world.finish();
 }
 
@@ -253,7 +253,7 @@ fn segments_keep_their_stack_only_where_the_trace_does() {
         world.allocator.set_history(recording(level));
         let stack = Some(Context(Arc::new("here".to_string())));
         let ptr = world.allocator.allocate(0, 1000, world.streams[0], stack).unwrap();
-        let snapshot = world.allocator.snapshot(DEFAULT_POOL, true).unwrap();
+        let snapshot = world.allocator.snapshot(DEFAULT_POOL, true);
         assert_eq!(snapshot.segments[0].context.is_some(), kept);
         assert!(snapshot.segments[0].blocks[0].context.is_some());
         world.allocator.free(ptr, None).unwrap();
@@ -267,8 +267,8 @@ fn skipped_actions_are_not_recorded_and_snapshots_may_leave_traces_out() {
     let skip = Actions::default().with(Action::Alloc).with(Action::SegmentMap);
     world.allocator.set_history(Recording { skip, ..recording(RecordContext::Never) });
     world.allocator.free(world.empty(1000, 0).unwrap(), None).unwrap();
-    assert!(world.allocator.snapshot(DEFAULT_POOL, false).unwrap().traces[0].is_empty());
-    let traces = world.allocator.snapshot(DEFAULT_POOL, true).unwrap().traces;
+    assert!(world.allocator.snapshot(DEFAULT_POOL, false).traces[0].is_empty());
+    let traces = world.allocator.snapshot(DEFAULT_POOL, true).traces;
     let actions: Vec<Action> = traces[0].iter().map(|entry| entry.action).collect();
     assert_eq!(actions, [Action::FreeRequested, Action::FreeCompleted, Action::Snapshot]);
     world.finish();
@@ -293,7 +293,7 @@ fn the_trace_says_what_the_program_says_of_itself() {
     }
     history::set_user_metadata("");
     let c = world.empty(1000, 0).unwrap();
-    let traces = allocator.snapshot(DEFAULT_POOL, true).unwrap().traces;
+    let traces = allocator.snapshot(DEFAULT_POOL, true).traces;
     let said: Vec<_> = traces[0]
         .iter()
         .filter(|entry| matches!(entry.action, Action::Alloc | Action::Annotate))
@@ -503,7 +503,7 @@ fn a_segment_made_for_a_request_serves_it_whatever_max_split_size_is() {
                 world.check();
             }
             world.end_pool((1, 0));
-            world.allocator.release_pool(0, (1, 0)).unwrap();
+            world.allocator.pools(0).release_pool((1, 0)).unwrap();
             world.finish();
         }
     }

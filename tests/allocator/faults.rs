@@ -3,7 +3,7 @@
 use crate::world::{MIB, World};
 use torch_uvm::driver::{CaptureMode, DevicePtr};
 use torch_uvm::error::{Error, Result};
-use torch_uvm::pools::DEFAULT_POOL;
+use torch_uvm::ids::DEFAULT_POOL;
 use torch_uvm_sim::{Code, Config, Fault, Which};
 
 /// A program that goes through every part of the allocator that calls the driver. Errors are passed on, whatever was
@@ -36,7 +36,7 @@ fn program(world: &World, held: &mut Vec<DevicePtr>) -> Result<()> {
         give(held, ptr)
     });
     world.end_pool((0, 1));
-    world.allocator.release_pool(0, (0, 1))?;
+    world.allocator.pools(0).release_pool((0, 1))?;
     captured?;
     give(held, large)?;
     world.allocator.empty_cache(DEFAULT_POOL, None)?;
@@ -79,7 +79,7 @@ fn every_call_fails_once(conf: &str, code: Code) -> u64 {
             world.allocator.free(ptr, None).unwrap();
         }
         // A pool that the program had no time to let go of.
-        while world.allocator.release_pool(0, (0, 1)).is_ok() {}
+        while world.allocator.pools(0).release_pool((0, 1)).is_ok() {}
         world.machine.device_synchronize(0).unwrap();
         world.finish();
         if !hit {

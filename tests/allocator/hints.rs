@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use torch_uvm::driver::{Advice, CaptureMode, DevicePtr, Location, Range, Stream};
 use torch_uvm::error::{Error, Result};
 use torch_uvm::history::{Actions, RecordContext, Recording};
-use torch_uvm::pools::DEFAULT_POOL;
+use torch_uvm::ids::DEFAULT_POOL;
 use torch_uvm_sim::{Code, Config, CopyKind, EntryPoint, Fault, Profile, Schedule, Which};
 
 const GPU: Location = Location::Device(0);
@@ -29,7 +29,7 @@ fn really(world: &World, range: Range) -> (u64, u64) {
 }
 
 fn prefetch(world: &World, tensor: &Tensor, to: Location) -> Result<()> {
-    world.allocator.prefetch(tensor.ptr, tensor.bytes, to, tensor.stream)
+    world.allocator.hints().prefetch(tensor.ptr, tensor.bytes, to, tensor.stream)
 }
 
 fn refused(result: Result<()>, text: &str) {
@@ -57,7 +57,7 @@ fn a_prefetch_moves_live_memory_and_the_books_follow() {
     let info = world.allocator.memory_info(0).unwrap();
     assert_eq!((info.populated.device, info.populated.host, info.reserved), (20 * MIB, 40 * MIB, 60 * MIB));
     // Half of it comes back, from its middle: the address is one inside the allocation.
-    world.allocator.prefetch(moved.ptr.offset(10 * MIB), 20 * MIB, GPU, moved.stream).unwrap();
+    world.allocator.hints().prefetch(moved.ptr.offset(10 * MIB), 20 * MIB, GPU, moved.stream).unwrap();
     assert_eq!((books(&world), really(&world, whole(&moved))), ((40 * MIB, 20 * MIB), (20 * MIB, 20 * MIB)));
     prefetch(&world, &moved, GPU).unwrap();
     let stats = world.allocator.place_stats(0).unwrap();
@@ -70,7 +70,7 @@ fn a_prefetch_moves_live_memory_and_the_books_follow() {
 fn segments_are_told_by_place() {
     let mut world = World::new(Config::small_gh200(), "uvm_device_limit_mb:64");
     let [on_device, on_host] = [60, 30].map(|mib| world.tensor(mib * MIB, 0).unwrap());
-    world.allocator.prefetch(on_device.ptr, 10 * MIB, Location::Host, on_device.stream).unwrap();
+    world.allocator.hints().prefetch(on_device.ptr, 10 * MIB, Location::Host, on_device.stream).unwrap();
     let segments = world.allocator.segment_places(0).unwrap();
     let mut figures: Vec<_> =
         segments.iter().map(|s| (s.filled, s.device, s.host, s.unplaced, s.small, s.growing, s.pool)).collect();
@@ -125,7 +125,7 @@ fn where_nothing_can_be_discarded_moved_pages_are_carried_home() {
     profile.discard = false;
     let mut world = World::new(Config::new(profile).device_memory(2 * GIB).host_memory(10 * GIB), "");
     let moved = world.tensor(40 * MIB, 0).unwrap();
-    refused(world.allocator.discard(moved.ptr, moved.bytes, moved.stream), "CUDA 13.0");
+    refused(world.allocator.hints().discard(moved.ptr, moved.bytes, moved.stream), "CUDA 13.0");
     prefetch(&world, &moved, Location::Host).unwrap();
     world.free(moved);
     let again = world.tensor(40 * MIB, 0).unwrap();
@@ -178,15 +178,15 @@ fn a_request_of_a_capture_gets_its_pages_home_beside_it() {
     let stream = world.streams[1];
     world.machine.begin_capture(0, stream, CaptureMode::Global).unwrap();
     let again = world.empty(40 * MIB, 1).unwrap();
-    refused(world.allocator.prefetch(again, MIB, Location::Host, stream), "capturing");
-    refused(world.allocator.discard(again, 2 * MIB, stream), "capturing");
+    refused(world.allocator.hints().prefetch(again, MIB, Location::Host, stream), "capturing");
+    refused(world.allocator.hints().discard(again, 2 * MIB, stream), "capturing");
     // Not of the stream that captures.
-    world.allocator.prefetch(again, 40 * MIB, Location::Host, world.streams[0]).unwrap();
-    world.allocator.advise(again, 40 * MIB, Advice::SetAccessedBy(GPU)).unwrap();
+    world.allocator.hints().prefetch(again, 40 * MIB, Location::Host, world.streams[0]).unwrap();
+    world.allocator.hints().advise(again, 40 * MIB, Advice::SetAccessedBy(GPU)).unwrap();
     let graph = world.machine.end_capture(0, stream).expect("the capture was not spoilt");
     world.machine.graph_destroy(graph).unwrap();
     assert_eq!(again, moved.ptr);
-    world.allocator.prefetch(again, 40 * MIB, GPU, world.streams[0]).unwrap();
+    world.allocator.hints().prefetch(again, 40 * MIB, GPU, world.streams[0]).unwrap();
     assert_eq!(really(&world, Range { ptr: again, bytes: 40 * MIB }), (40 * MIB, 0));
     world.allocator.free(again, None).unwrap();
     world.finish();
@@ -201,7 +201,7 @@ fn only_whole_pages_inside_count() {
     assert_eq!(middle.ptr.0, first.ptr.0 + first.bytes);
     prefetch(&world, &middle, Location::Host).unwrap();
     assert_eq!(books(&world), (22 * MIB, 0), "no whole page; its neighbours moved too");
-    refused(world.allocator.discard(middle.ptr, middle.bytes, middle.stream), "no whole page");
+    refused(world.allocator.hints().discard(middle.ptr, middle.bytes, middle.stream), "no whole page");
     prefetch(&world, &middle, GPU).unwrap();
     for tensor in tensors {
         world.verify(&tensor);
@@ -224,19 +224,22 @@ fn bad_hints_are_refused_and_change_nothing() {
     let b = world.tensor(4 * MIB, 0).unwrap();
     let before = world.allocator.place_stats(0).unwrap();
     let hints = |ptr: DevicePtr, bytes, text: &str| {
-        refused(world.allocator.prefetch(ptr, bytes, Location::Host, world.streams[0]), text);
-        refused(world.allocator.advise(ptr, bytes, Advice::SetReadMostly), text);
-        refused(world.allocator.discard(ptr, bytes, world.streams[0]), text);
+        refused(world.allocator.hints().prefetch(ptr, bytes, Location::Host, world.streams[0]), text);
+        refused(world.allocator.hints().advise(ptr, bytes, Advice::SetReadMostly), text);
+        refused(world.allocator.hints().discard(ptr, bytes, world.streams[0]), text);
     };
     hints(a.ptr, 8 * MIB, "inside one allocation");
     hints(a.ptr, u64::MAX, "inside one allocation");
     hints(a.ptr, 0, "0 bytes");
     hints(DevicePtr(4096), 512, "no live allocation");
     hints(b.ptr.offset(10 * MIB), 512, "no live allocation");
-    refused(world.allocator.prefetch(a.ptr, 512, Location::Device(1), world.streams[0]), "cuda:1 is not allowed");
+    refused(
+        world.allocator.hints().prefetch(a.ptr, 512, Location::Device(1), world.streams[0]),
+        "cuda:1 is not allowed",
+    );
     let plain = World::new(Config::small_gh200(), "uvm_access_pattern:device");
     let ptr = plain.empty(4 * MIB, 0).unwrap();
-    refused(plain.allocator.prefetch(ptr, 4 * MIB, Location::Host, plain.streams[0]), "plain device memory");
+    refused(plain.allocator.hints().prefetch(ptr, 4 * MIB, Location::Host, plain.streams[0]), "plain device memory");
     plain.allocator.free(ptr, None).unwrap();
     plain.finish();
     assert_eq!(world.allocator.place_stats(0).unwrap(), before);
@@ -253,7 +256,7 @@ fn the_host_is_not_overfilled_by_hints() {
     let tensor = world.tensor(256 * MIB, 0).unwrap();
     world.machine.set_others_host_memory(10 * GIB - 100 * MIB);
     refused(prefetch(&world, &tensor, Location::Host), "uvm_host_reserve_mb");
-    world.allocator.prefetch(tensor.ptr, 64 * MIB, Location::Host, tensor.stream).unwrap();
+    world.allocator.hints().prefetch(tensor.ptr, 64 * MIB, Location::Host, tensor.stream).unwrap();
     world.verify(&tensor);
     assert_eq!(world.machine.counters().host_overcommitted, 0);
     world.machine.set_others_host_memory(0);
@@ -268,7 +271,7 @@ fn advice_ends_with_the_allocation() {
     let neighbour = world.tensor(20 * MIB, 0).unwrap();
     let own = world.machine.range_advice(whole(&tensor)).unwrap();
     for advice in [Advice::SetReadMostly, Advice::SetPreferredLocation(Location::Host), Advice::SetAccessedBy(GPU)] {
-        world.allocator.advise(tensor.ptr, tensor.bytes, advice).unwrap();
+        world.allocator.hints().advise(tensor.ptr, tensor.bytes, advice).unwrap();
         world.check();
     }
     let advised = world.machine.range_advice(whole(&tensor)).unwrap();
@@ -294,7 +297,7 @@ fn advice_on_a_shared_page_reaches_neighbours_in_threads_caches() {
         world.allocator.free(pair, None).unwrap();
         assert_eq!(world.empty(512, 0).unwrap(), pair);
     }
-    world.allocator.advise(tensors[0].ptr, 4096, Advice::SetReadMostly).unwrap();
+    world.allocator.hints().advise(tensors[0].ptr, 4096, Advice::SetReadMostly).unwrap();
     world.check();
     world.allocator.free(pair, None).unwrap();
     world.check();
@@ -306,7 +309,7 @@ fn a_discard_leaves_usable_memory_and_is_waited_for() {
     let mut world = World::small();
     let mut tensor = world.tensor(20 * MIB, 0).unwrap();
     prefetch(&world, &tensor, Location::Host).unwrap();
-    world.allocator.discard(tensor.ptr, tensor.bytes, tensor.stream).unwrap();
+    world.allocator.hints().discard(tensor.ptr, tensor.bytes, tensor.stream).unwrap();
     assert_eq!((books(&world), really(&world, whole(&tensor))), ((20 * MIB, 0), (20 * MIB, 0)));
     let stats = world.allocator.place_stats(0).unwrap();
     assert_eq!((stats.discarded, stats.discards), (20 * MIB, 1));
@@ -315,7 +318,7 @@ fn a_discard_leaves_usable_memory_and_is_waited_for() {
     world.verify(&tensor);
     // On another stream, which is late: the next owner must not lose its contents to it.
     let hold = world.machine.hold(0, world.streams[1]).unwrap();
-    world.allocator.discard(tensor.ptr, tensor.bytes, world.streams[1]).unwrap();
+    world.allocator.hints().discard(tensor.ptr, tensor.bytes, world.streams[1]).unwrap();
     world.free(tensor);
     let next = world.tensor(20 * MIB, 0).unwrap();
     assert_ne!(next.ptr, tensor.ptr, "it waits for the discard");
@@ -332,7 +335,7 @@ fn a_discard_on_the_legacy_stream_comes_between_what_is_queued_there() {
     world.streams[0] = Stream(0);
     let mut tensor = world.tensor(20 * MIB, 0).unwrap();
     for tag in [3, 4, 5] {
-        world.allocator.discard(tensor.ptr, tensor.bytes, Stream(0)).unwrap();
+        world.allocator.hints().discard(tensor.ptr, tensor.bytes, Stream(0)).unwrap();
         tensor.tag = tag;
         world.machine.memset_async(0, tensor.ptr.0, tag.into(), 1, tensor.bytes, Stream(0)).unwrap();
     }
@@ -348,7 +351,7 @@ fn what_could_not_be_populated_again_is_not_handed_out() {
     let tensor = world.tensor(20 * MIB, 0).unwrap();
     let fault = || Fault { call: Some(EntryPoint::Prefetch), which: Which::Nth(1), code: Code::INVALID_CONTEXT };
     world.machine.inject(fault());
-    assert!(matches!(world.allocator.discard(tensor.ptr, tensor.bytes, tensor.stream), Err(Error::Driver(_))));
+    assert!(matches!(world.allocator.hints().discard(tensor.ptr, tensor.bytes, tensor.stream), Err(Error::Driver(_))));
     assert_eq!(world.machine.faults_hit(), 1);
     world.check();
     world.free(tensor);
@@ -367,7 +370,7 @@ fn what_could_not_be_populated_again_is_not_handed_out() {
 fn memory_that_moved_is_given_back() {
     let mut world = World::small();
     let [first, moved, last] = [20, 40, 20].map(|mib| world.tensor(mib * MIB, 0).unwrap());
-    world.allocator.prefetch(moved.ptr.offset(10 * MIB), 10 * MIB, Location::Host, moved.stream).unwrap();
+    world.allocator.hints().prefetch(moved.ptr.offset(10 * MIB), 10 * MIB, Location::Host, moved.stream).unwrap();
     world.free(moved);
     world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
     // The host would keep the pages of what is discarded.
@@ -392,13 +395,13 @@ fn a_checkpoint_brings_moved_memory_back_with_its_contents() {
     let tensor = world.tensor(40 * MIB, 0).unwrap();
     world.end_pool((0, 1));
     prefetch(&world, &tensor, Location::Host).unwrap();
-    let state = world.allocator.checkpoint_state(0, (0, 1)).unwrap();
-    let restored = world.allocator.restore_pool(0, &state, None).unwrap();
+    let state = world.allocator.pools(0).checkpoint_state((0, 1)).unwrap();
+    let restored = world.allocator.pools(0).restore_pool(&state, None).unwrap();
     assert_eq!(restored.created, [tensor.ptr.0]);
     assert_eq!(books(&world), (0, 40 * MIB));
     world.verify(&tensor);
     world.free(tensor);
-    world.allocator.release_pool(0, (0, 1)).unwrap();
+    world.allocator.pools(0).release_pool((0, 1)).unwrap();
     world.finish();
 }
 
@@ -435,9 +438,9 @@ fn program(world: &World, held: &mut Vec<DevicePtr>) -> Result<()> {
         let on = world.streams[stream];
         let ptr = world.empty(20 * MIB, stream)?;
         held.push(ptr);
-        world.allocator.advise(ptr, 5 * MIB, Advice::SetReadMostly)?;
-        world.allocator.prefetch(ptr, 20 * MIB, Location::Host, on)?;
-        world.allocator.discard(ptr, 10 * MIB, on)?;
+        world.allocator.hints().advise(ptr, 5 * MIB, Advice::SetReadMostly)?;
+        world.allocator.hints().prefetch(ptr, 20 * MIB, Location::Host, on)?;
+        world.allocator.hints().discard(ptr, 10 * MIB, on)?;
         world.allocator.free(ptr, None)?;
         held.retain(|&other| other != ptr);
         held.push(world.empty(20 * MIB, stream)?);
@@ -535,7 +538,7 @@ fn run(conf: &str, schedule: Schedule, ops: Vec<Op>) {
                 world.machine.inject(Fault { call: None, which: Which::Nth(nth), code: Code::INVALID_CONTEXT });
                 // A program's own calls do not fail here: the faults are the allocator's.
                 let result = world.empty(5 * MIB, 0).and_then(|ptr| {
-                    let hinted = world.allocator.prefetch(ptr, 5 * MIB, Location::Host, world.streams[0]);
+                    let hinted = world.allocator.hints().prefetch(ptr, 5 * MIB, Location::Host, world.streams[0]);
                     world.machine.clear_faults();
                     world.allocator.free(ptr, None).unwrap();
                     hinted
@@ -561,7 +564,7 @@ fn run(conf: &str, schedule: Schedule, ops: Vec<Op>) {
                 let start = tensor.bytes * part.0 / 100;
                 let bytes = ((tensor.bytes - start) * part.1 / 100).max(1);
                 let to = if host { Location::Host } else { GPU };
-                world.allocator.prefetch(tensor.ptr.offset(start), bytes, to, world.streams[stream])
+                world.allocator.hints().prefetch(tensor.ptr.offset(start), bytes, to, world.streams[stream])
             }
             Op::Advise(index, which) => {
                 let tensor = index.get(&live);
@@ -572,14 +575,14 @@ fn run(conf: &str, schedule: Schedule, ops: Vec<Op>) {
                     Advice::UnsetPreferredLocation,
                     Advice::SetAccessedBy(GPU),
                 ];
-                world.allocator.advise(tensor.ptr, tensor.bytes, all[which as usize % all.len()])
+                world.allocator.hints().advise(tensor.ptr, tensor.bytes, all[which as usize % all.len()])
             }
             Op::Discard { tensor, stream } => {
                 let index = tensor.index(live.len());
                 let on = world.streams[stream];
                 // After what was written, and before what is written next.
                 world.machine.device_synchronize(0).unwrap();
-                let result = world.allocator.discard(live[index].ptr, live[index].bytes, on);
+                let result = world.allocator.hints().discard(live[index].ptr, live[index].bytes, on);
                 world.machine.stream_synchronize(0, on).unwrap();
                 let Tensor { ptr, bytes, tag, stream } = live[index];
                 world.machine.memset_async(0, ptr.0, tag.into(), 1, bytes, stream).unwrap();

@@ -304,7 +304,7 @@ fn what_is_ours_is_not_taken_for_memory_of_others() {
         if own {
             let allocator = Some(torch_uvm::allocator::CustomAllocator(42));
             let stream = world.streams[0];
-            world.allocator.begin_allocate_to_pool(0, (3, 0), Box::new(|_| true), stream, allocator).unwrap();
+            world.allocator.pools(0).begin_allocate_to_pool((3, 0), Box::new(|_| true), stream, allocator).unwrap();
         }
         let tensors = [200, 300].map(|mib| world.tensor(mib * MIB, 0).unwrap());
         world.machine.device_synchronize(0).unwrap();
@@ -321,7 +321,7 @@ fn what_is_ours_is_not_taken_for_memory_of_others() {
             world.free(tensor);
         }
         if own {
-            world.allocator.release_pool(0, (3, 0)).unwrap();
+            world.allocator.pools(0).release_pool((3, 0)).unwrap();
         }
         world.finish();
     }

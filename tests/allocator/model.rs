@@ -4,7 +4,7 @@ use crate::world::{MIB, Tensor, World};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use torch_uvm::error::Error;
-use torch_uvm::pools::{DEFAULT_POOL, MempoolId};
+use torch_uvm::ids::{DEFAULT_POOL, MempoolId};
 use torch_uvm_sim::{Config, Schedule};
 
 #[derive(Clone, Debug)]
@@ -90,8 +90,7 @@ fn run(conf: &str, schedule: Schedule, ops: Vec<Op>) {
                 let entry = model.pools.entry(pool).or_default();
                 if !entry.0 {
                     let wanted = world.streams[stream];
-                    let begun = world.allocator.begin_allocate_to_pool(
-                        0,
+                    let begun = world.allocator.pools(0).begin_allocate_to_pool(
                         mempool(pool),
                         Box::new(move |stream| stream == wanted),
                         wanted,
@@ -113,13 +112,13 @@ fn run(conf: &str, schedule: Schedule, ops: Vec<Op>) {
             }
             Op::ReleasePool(pool) => {
                 if let Some((false, held @ 1..)) = model.pools.get_mut(&pool) {
-                    world.allocator.release_pool(0, mempool(pool)).unwrap();
+                    world.allocator.pools(0).release_pool(mempool(pool)).unwrap();
                     *held -= 1;
                 }
             }
             Op::Fraction(fraction) => world.allocator.set_memory_fraction(0, fraction).unwrap(),
             Op::Snapshot => {
-                let snapshot = world.allocator.snapshot(DEFAULT_POOL, true).unwrap();
+                let snapshot = world.allocator.snapshot(DEFAULT_POOL, true);
                 let total: u64 = snapshot.segments.iter().map(|segment| segment.total_bytes).sum();
                 assert_eq!(total, world.reserved());
                 let allocated: u64 = snapshot.segments.iter().map(|segment| segment.allocated_bytes).sum();
@@ -142,7 +141,7 @@ fn run(conf: &str, schedule: Schedule, ops: Vec<Op>) {
             world.end_pool(mempool(pool));
         }
         for _ in 0..held {
-            world.allocator.release_pool(0, mempool(pool)).unwrap();
+            world.allocator.pools(0).release_pool(mempool(pool)).unwrap();
         }
     }
     assert_eq!(world.machine.counters().host_overcommitted, 0);

@@ -3,7 +3,7 @@
 use crate::world::{MIB, World, out_of_memory};
 use torch_uvm::driver::DevicePtr;
 use torch_uvm::error::{Error, Limit, OutOfMemory};
-use torch_uvm::pools::DEFAULT_POOL;
+use torch_uvm::ids::DEFAULT_POOL;
 use torch_uvm_sim::{Config, CopyKind, Machine, Profile};
 
 const DEVICE: u64 = 64 * MIB;

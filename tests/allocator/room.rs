@@ -2,7 +2,7 @@
 
 use crate::world::{GIB, MIB, Tensor, World};
 use torch_uvm::driver::{CaptureMode, Location, Range};
-use torch_uvm::pools::DEFAULT_POOL;
+use torch_uvm::ids::DEFAULT_POOL;
 use torch_uvm::stats::PlaceStats;
 use torch_uvm_sim::{Config, Profile};
 
@@ -152,7 +152,7 @@ fn what_moved_out_comes_back_where_the_room_lasts() {
 fn what_the_program_has_sent_to_the_host_does_not_come_back() {
     let (mut world, old) = full();
     let new = world.tensor(30 * MIB, 0).unwrap();
-    world.allocator.prefetch(old[1].ptr, old[1].bytes, Location::Host, old[1].stream).unwrap();
+    world.allocator.hints().prefetch(old[1].ptr, old[1].bytes, Location::Host, old[1].stream).unwrap();
     world.free(new);
     world.allocator.empty_cache(DEFAULT_POOL, None).unwrap();
     assert_eq!((on_host(&world, &old[1]), stats(&world).moved_to_device), (60 * MIB, 0));
@@ -211,7 +211,7 @@ fn nothing_moves_while_a_graph_is_captured() {
         world.verify(&tensor);
         world.free(tensor);
     }
-    world.allocator.release_pool(0, (0, 1)).unwrap();
+    world.allocator.pools(0).release_pool((0, 1)).unwrap();
     world.finish();
 }
 
@@ -226,7 +226,7 @@ fn what_lives_long_moves_while_a_mempool_is_in_use() {
         world.verify(&tensor);
         world.free(tensor);
     }
-    world.allocator.release_pool(0, (1, 0)).unwrap();
+    world.allocator.pools(0).release_pool((1, 0)).unwrap();
     world.finish();
 }
 
@@ -235,7 +235,7 @@ fn the_programs_word_on_its_memory_holds() {
     let (mut world, old) = full();
     for tensor in &old {
         let here = torch_uvm::driver::Advice::SetPreferredLocation(Location::Device(0));
-        world.allocator.advise(tensor.ptr, tensor.bytes, here).unwrap();
+        world.allocator.hints().advise(tensor.ptr, tensor.bytes, here).unwrap();
     }
     let new = world.tensor(30 * MIB, 0).unwrap();
     assert_eq!((stats(&world).moves_out, on_host(&world, &new)), (0, 30 * MIB), "it was told to stay");

@@ -4,8 +4,8 @@ use crate::world::{GIB, MIB, World};
 use torch_uvm::driver::{DevicePtr, Range};
 use torch_uvm::error::Error;
 use torch_uvm::history::Action;
+use torch_uvm::ids::DEFAULT_POOL;
 use torch_uvm::options::Options;
-use torch_uvm::pools::DEFAULT_POOL;
 use torch_uvm_sim::{Code, Config, EntryPoint, Fault, Profile, Which};
 
 /// A world in which stream 0's segment has `used` bytes in use and then `free` bytes free. The figures are multiples
@@ -55,7 +55,7 @@ fn free_pages_between_others_leave_a_hole_that_is_filled_again() {
     empty_cache(&world);
     assert_eq!((world.reserved(), world.machine.counters().discarded), (40 * MIB, 60 * MIB));
     let parts = |world: &World| -> Vec<(u64, u64)> {
-        let snapshot = world.allocator.snapshot(DEFAULT_POOL, true).unwrap();
+        let snapshot = world.allocator.snapshot(DEFAULT_POOL, true);
         snapshot.segments.iter().map(|segment| (segment.address, segment.total_bytes)).collect()
     };
     assert_eq!(parts(&world), [(first.ptr.0, 20 * MIB), (third.ptr.0, 20 * MIB)], "as `native` shows it");
@@ -284,7 +284,7 @@ fn a_graphs_pool_keeps_its_free_end_while_it_is_held() {
     world.end_pool((0, 7));
     empty_cache(&world);
     assert_eq!(world.reserved(), 80 * MIB, "a replay may still write there");
-    world.allocator.release_pool(0, (0, 7)).unwrap();
+    world.allocator.pools(0).release_pool((0, 7)).unwrap();
     empty_cache(&world);
     assert_eq!(world.reserved(), 20 * MIB);
     world.allocator.free(held, None).unwrap();

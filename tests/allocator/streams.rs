@@ -2,7 +2,7 @@
 
 use crate::world::{MIB, World};
 use torch_uvm::driver::CaptureMode;
-use torch_uvm::pools::DEFAULT_POOL;
+use torch_uvm::ids::DEFAULT_POOL;
 use torch_uvm_sim::{CaptureStatus, Code, Config, EntryPoint, Fault, Schedule, Which};
 
 #[test]
@@ -96,7 +96,7 @@ fn frees_during_a_capture_wait_for_its_end() {
         world.allocator.free(ptr, None).unwrap();
     }
     world.machine.graph_destroy(graph).unwrap();
-    world.allocator.release_pool(0, (0, 1)).unwrap();
+    world.allocator.pools(0).release_pool((0, 1)).unwrap();
     world.finish();
 }
 
@@ -114,7 +114,7 @@ fn uses_recorded_in_a_capture_need_no_event_after_it() {
     assert_eq!(world.empty(4096, 0).unwrap(), ptr);
     assert_eq!(world.machine.calls().get(&EntryPoint::EventRecord), None);
     world.allocator.free(ptr, None).unwrap();
-    world.allocator.release_pool(0, (0, 1)).unwrap();
+    world.allocator.pools(0).release_pool((0, 1)).unwrap();
     world.finish();
 }
 
@@ -131,7 +131,7 @@ fn uses_recorded_while_a_mempool_is_in_use_are_waited_for() {
     assert_ne!(next.ptr, tensor.ptr);
     world.verify_copies();
     world.free(next);
-    world.allocator.release_pool(0, (1, 0)).unwrap();
+    world.allocator.pools(0).release_pool((1, 0)).unwrap();
     world.finish();
 }
 
@@ -154,7 +154,7 @@ fn growth_on_a_capturing_stream_populates_beside_it() {
     world.free(outside);
     world.machine.graph_exec_destroy(exec).unwrap();
     world.machine.graph_destroy(graph).unwrap();
-    world.allocator.release_pool(0, (0, 1)).unwrap();
+    world.allocator.pools(0).release_pool((0, 1)).unwrap();
     world.finish();
 }
 
@@ -285,7 +285,7 @@ fn a_pool_with_a_destroyed_stream_keeps_only_itself() {
         }
         world.allocator.free(ptr, None).unwrap();
         world.end_pool(id);
-        world.allocator.release_pool(0, id).unwrap();
+        world.allocator.pools(0).release_pool(id).unwrap();
     }
     for id in [(4, 0), (5, 0)] {
         world.allocator.empty_cache(id, None).unwrap();

@@ -153,7 +153,7 @@ fn nothing_is_parked_while_somebody_must_hear_of_it() {
         Recording { enabled: true, capacity: 100, level: RecordContext::Never, clear: true, skip: Actions::default() };
     world.allocator.set_history(recording);
     warm_up(&world, 1000);
-    let trace = world.allocator.snapshot((0, 0), true).unwrap().traces.remove(0);
+    let trace = world.allocator.snapshot((0, 0), true).traces.remove(0);
     assert_eq!(trace.len(), 100, "40 times allocated, freed, and free: the newest hundred of them");
     world.allocator.set_history(Recording { enabled: false, ..recording });
 
@@ -162,12 +162,12 @@ fn nothing_is_parked_while_somebody_must_hear_of_it() {
     let captured = world.empty(1000, 0).unwrap();
     world.end_pool((0, 7));
     let outside = world.empty(1000, 0).unwrap();
-    let pools: Vec<_> = world.allocator.snapshot((0, 7), false).unwrap().segments;
+    let pools: Vec<_> = world.allocator.snapshot((0, 7), false).segments;
     assert!(pools.iter().any(|segment| segment.address == captured.0), "a capture is served from its pool");
     for ptr in [captured, outside] {
         world.allocator.free(ptr, None).unwrap();
     }
-    world.allocator.release_pool(0, (0, 7)).unwrap();
+    world.allocator.pools(0).release_pool((0, 7)).unwrap();
 
     let native = NativeOptions { roundup_power2_divisions: [4; 16], ..NativeOptions::default() };
     warm_up(&world, 5000);

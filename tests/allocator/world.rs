@@ -7,8 +7,8 @@ use torch_uvm::allocator::{Allocator, CustomAllocator, Hooks};
 use torch_uvm::driver::{DeviceIndex, DevicePtr, Event, Range, Stream};
 use torch_uvm::error::{Error, Result};
 use torch_uvm::history::TraceEntry;
+use torch_uvm::ids::{DEFAULT_POOL, MempoolId};
 use torch_uvm::options::Options;
-use torch_uvm::pools::{DEFAULT_POOL, MempoolId};
 use torch_uvm::segments::Memory;
 use torch_uvm_sim::{Config, CopyKind, Machine, PointerKind, SimDriver};
 
@@ -279,12 +279,13 @@ impl World {
     pub fn begin_pool(&self, id: MempoolId, stream: usize) {
         let wanted = self.streams[stream];
         self.allocator
-            .begin_allocate_to_pool(0, id, Box::new(move |stream| stream == wanted), wanted, None)
+            .pools(0)
+            .begin_allocate_to_pool(id, Box::new(move |stream| stream == wanted), wanted, None)
             .expect("begin_allocate_to_pool");
     }
 
     pub fn end_pool(&self, id: MempoolId) {
-        self.allocator.end_allocate_to_pool(0, id).expect("end_allocate_to_pool");
+        self.allocator.pools(0).end_allocate_to_pool(id).expect("end_allocate_to_pool");
     }
 }
 

@@ -7,7 +7,7 @@ use torch_uvm::allocator::{Allocator, CustomAllocator, Hooks};
 use torch_uvm::driver::{CaptureMode, DeviceIndex, DevicePtr};
 use torch_uvm::error::{Error, Limit};
 use torch_uvm::history::TraceEntry;
-use torch_uvm::pools::{DEFAULT_POOL, MempoolId};
+use torch_uvm::ids::{DEFAULT_POOL, MempoolId};
 
 use super::machine::{Capture, DEVICE, MANAGED_BUDGET, Machine, MachineExt};
 
@@ -134,7 +134,10 @@ pub fn a_capture_survives_allocations(machine: &dyn Machine) {
     let other = machine.driver().stream_create(DEVICE).unwrap();
     let before = allocator.allocate(DEVICE, 4096, other, None).unwrap();
     let pool = (0, 1);
-    allocator.begin_allocate_to_pool(DEVICE, pool, Box::new(move |stream| stream == captured), captured, None).unwrap();
+    allocator
+        .pools(DEVICE)
+        .begin_allocate_to_pool(pool, Box::new(move |stream| stream == captured), captured, None)
+        .unwrap();
     machine.begin_capture(captured, CaptureMode::Global).unwrap();
     let inside: Vec<_> =
         [512, 8 * MIB, 40 * MIB].map(|bytes| allocator.allocate(DEVICE, bytes, captured, None).unwrap()).into();
@@ -146,7 +149,7 @@ pub fn a_capture_survives_allocations(machine: &dyn Machine) {
     assert_eq!(again, inside[1], "freed in the capture, used again in it");
     assert_eq!(machine.capture_status(captured).unwrap(), Capture::Active);
     machine.end_capture(captured).unwrap();
-    allocator.end_allocate_to_pool(DEVICE, pool).unwrap();
+    allocator.pools(DEVICE).end_allocate_to_pool(pool).unwrap();
     for (index, &ptr) in inside.iter().enumerate() {
         machine.write(ptr, &machine.pattern(512, index as u8));
     }
@@ -155,6 +158,6 @@ pub fn a_capture_survives_allocations(machine: &dyn Machine) {
         allocator.free(ptr, None).unwrap();
     }
     allocator.free(outside, None).unwrap();
-    allocator.release_pool(DEVICE, pool).unwrap();
+    allocator.pools(DEVICE).release_pool(pool).unwrap();
     finish(&allocator);
 }

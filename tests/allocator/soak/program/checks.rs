@@ -4,7 +4,7 @@ use super::Program;
 use super::tensor::{Copied, SLOT, SLOTS, Tensor};
 use std::collections::BTreeSet;
 use torch_uvm::driver::{DeviceIndex, DevicePtr, Stream};
-use torch_uvm::pools::DEFAULT_POOL;
+use torch_uvm::ids::DEFAULT_POOL;
 use torch_uvm_sim::CopyKind;
 
 impl Program {
@@ -113,7 +113,7 @@ impl Program {
 
     /// The default pool has no segment in which nothing is in use.
     pub(super) fn nothing_is_cached(&self) {
-        let snapshot = self.world.allocator.snapshot(DEFAULT_POOL, false).unwrap();
+        let snapshot = self.world.allocator.snapshot(DEFAULT_POOL, false);
         for device in 0..self.devices {
             for place in self.world.allocator.segment_places(device).unwrap() {
                 let within = place.base.0..place.base.0 + place.range_bytes;
@@ -154,7 +154,7 @@ impl Program {
                 self.expect(result, &[])?;
             }
             2 => {
-                let snapshot = self.world.allocator.snapshot(DEFAULT_POOL, self.random.one_in(4)).unwrap();
+                let snapshot = self.world.allocator.snapshot(DEFAULT_POOL, self.random.one_in(4));
                 let reserved: u64 = snapshot.segments.iter().map(|segment| segment.total_bytes).sum();
                 let allocated = snapshot.segments.iter().flat_map(|segment| &segment.blocks);
                 let allocated = allocated.filter(|block| block.allocated).count();
@@ -174,7 +174,7 @@ impl Program {
             }
             _ => {
                 for pool in &self.pools {
-                    let held = self.world.allocator.pool_use_count(pool.device, pool.id).unwrap();
+                    let held = self.world.allocator.pools(pool.device).pool_use_count(pool.id).unwrap();
                     assert_eq!(held, pool.holds, "{:?}", pool.id);
                 }
             }

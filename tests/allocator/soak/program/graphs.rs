@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use torch_uvm::allocator::PoolState;
 use torch_uvm::driver::{CaptureMode, DeviceIndex, Location, Stream};
-use torch_uvm::pools::{DEFAULT_POOL, MempoolId};
+use torch_uvm::ids::{DEFAULT_POOL, MempoolId};
 use torch_uvm_sim::GraphExecId;
 
 pub(super) struct Graph {
@@ -58,7 +58,7 @@ impl Program {
         let captured = move |stream| stream == origin || (forks && stream == other);
         let id = pool.id;
         let begin = |program: &Self| {
-            program.world.allocator.begin_allocate_to_pool(device, id, Box::new(captured), origin, None).unwrap();
+            program.world.allocator.pools(device).begin_allocate_to_pool(id, Box::new(captured), origin, None).unwrap();
         };
         begin(self);
         pool.holds += 1;
@@ -114,7 +114,7 @@ impl Program {
             self.order((device, other), (device, origin));
         }
         let graph = self.world.machine.end_capture(device, origin).expect("the capture was not spoilt");
-        self.world.allocator.end_allocate_to_pool(device, id).unwrap();
+        self.world.allocator.pools(device).end_allocate_to_pool(id).unwrap();
         let exec = self.world.machine.graph_instantiate(graph).unwrap();
         self.world.machine.graph_destroy(graph).unwrap();
         for mut tensor in inside {
@@ -166,8 +166,8 @@ impl Program {
                     let tensor = self.live[index];
                     let stream = self.streams[device as usize][0];
                     let to = *self.random.of(&[Location::Host, Location::Device(device)]);
-                    let result =
-                        self.call(|program| program.world.allocator.prefetch(tensor.ptr, tensor.bytes, to, stream));
+                    let result = self
+                        .call(|program| program.world.allocator.hints().prefetch(tensor.ptr, tensor.bytes, to, stream));
                     self.expect(result, &["do not fit into host memory", "hints are for"]);
                 }
             }
@@ -233,11 +233,11 @@ impl Program {
         }
         let index = *self.random.of(&pools);
         let Pool { device, id, .. } = self.pools[index];
-        let result = self.call(|program| program.world.allocator.checkpoint_state(device, id));
+        let result = self.call(|program| program.world.allocator.pools(device).checkpoint_state(id));
         let state = self.expect(result, &["waits for another stream"])?;
         let tensors = self.in_pool(id);
         let addresses: Vec<u64> = tensors.iter().map(|tensor| tensor.ptr.0).collect();
-        assert!(self.world.allocator.check_pool_live_allocations(device, id, &addresses).unwrap());
+        assert!(self.world.allocator.pools(device).check_pool_live_allocations(id, &addresses).unwrap());
         self.pools[index].checkpoint = Some(Checkpoint { state, tensors, graph: self.runnable_graph(id) });
         Some(())
     }
@@ -248,7 +248,7 @@ impl Program {
         self.barrier();
         let Pool { device, id, .. } = self.pools[index];
         let state = Arc::clone(&self.pools[index].checkpoint.as_ref()?.state);
-        let result = self.call(|program| program.world.allocator.restore_pool(device, &state, None));
+        let result = self.call(|program| program.world.allocator.pools(device).restore_pool(&state, None));
         let restored = self.expect(result, &["waits for another stream"])?;
         let Checkpoint { tensors: then, graph, .. } = self.pools[index].checkpoint.take()?;
         let addresses = |tensors: &[Tensor]| tensors.iter().map(|tensor| tensor.ptr.0).collect::<BTreeSet<u64>>();

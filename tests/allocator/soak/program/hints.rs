@@ -14,7 +14,7 @@ impl Program {
         let to = *self.random.of(&[Location::Host, Location::Device(tensor.device)]);
         let stream = self.stream(tensor.device);
         let at = tensor.ptr.offset(start);
-        let result = self.call(|program| program.world.allocator.prefetch(at, bytes, to, stream));
+        let result = self.call(|program| program.world.allocator.hints().prefetch(at, bytes, to, stream));
         self.expect(result, &["do not fit into host memory", "hints are for"])
     }
 
@@ -31,14 +31,15 @@ impl Program {
             Advice::SetAccessedBy(gpu),
             Advice::UnsetAccessedBy(gpu),
         ]);
-        let result = self.call(|program| program.world.allocator.advise(tensor.ptr, tensor.bytes, advice));
+        let result = self.call(|program| program.world.allocator.hints().advise(tensor.ptr, tensor.bytes, advice));
         self.expect(result, &["hints are for"])
     }
 
     pub(super) fn discard(&mut self) -> Option<()> {
         let index = self.pick(|tensor| tensor.bytes >= 2 * MIB && tensor.graph.is_none() && !tensor.elsewhere)?;
         let mut tensor = self.live[index];
-        let result = self.call(|program| program.world.allocator.discard(tensor.ptr, tensor.bytes, tensor.stream));
+        let result =
+            self.call(|program| program.world.allocator.hints().discard(tensor.ptr, tensor.bytes, tensor.stream));
         if let Err(Error::Driver(_)) = &result {
             // What it holds may be lost, and writing to it may be slow now: until its memory is handed out again.
             self.live.swap_remove(index);

@@ -6,7 +6,7 @@ use super::tensor::Tensor;
 use crate::world::MIB;
 use torch_uvm::driver::{DeviceIndex, DevicePtr, Stream};
 use torch_uvm::error::Error;
-use torch_uvm::pools::{DEFAULT_POOL, MempoolId};
+use torch_uvm::ids::{DEFAULT_POOL, MempoolId};
 
 impl Program {
     pub(super) fn allocate(&mut self) -> Option<()> {

@@ -24,8 +24,8 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Weak};
 use tensor::{Copied, GRAPH_SLOTS, SLOT, SLOTS, Tensor};
 use torch_uvm::driver::{DeviceIndex, Stream};
+use torch_uvm::ids::DEFAULT_POOL;
 use torch_uvm::options::Options;
-use torch_uvm::pools::DEFAULT_POOL;
 
 /// What a program's world is like.
 #[derive(Default)]

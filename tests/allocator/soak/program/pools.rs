@@ -4,8 +4,8 @@ use super::Program;
 use super::graphs::Checkpoint;
 use torch_uvm::allocator::CustomAllocator;
 use torch_uvm::driver::{DeviceIndex, Stream};
+use torch_uvm::ids::MempoolId;
 use torch_uvm::options::AccessPattern;
-use torch_uvm::pools::MempoolId;
 
 #[derive(Default)]
 pub(super) struct Pool {
@@ -45,7 +45,7 @@ impl Program {
                 let id = (self.next_pool, 0);
                 self.next_pool += 1;
                 let custom = (device == 0 && self.random.one_in(6)).then_some(CustomAllocator(7));
-                allocator.ensure_pool(device, id, custom).unwrap();
+                allocator.pools(device).ensure_pool(id, custom).unwrap();
                 if custom.is_none() && self.random.one_in(2) {
                     let patterns = [
                         AccessPattern::CpuFirst,
@@ -53,7 +53,7 @@ impl Program {
                         AccessPattern::Balanced,
                         AccessPattern::GpuFirst,
                     ];
-                    allocator.set_pool_placement(device, id, *self.random.of(&patterns)).unwrap();
+                    allocator.pools(device).set_pool_placement(id, *self.random.of(&patterns)).unwrap();
                 }
                 self.pools.push(Pool { id, device, holds: 1, ..Pool::default() });
                 self.pools.len() - 1
@@ -62,7 +62,7 @@ impl Program {
         // The last of those that are open serves.
         let mut pool = self.pools.remove(index);
         let current = self.streams[device as usize][0];
-        self.world.allocator.begin_allocate_to_pool(device, pool.id, self.filter(device), current, None).unwrap();
+        self.world.allocator.pools(device).begin_allocate_to_pool(pool.id, self.filter(device), current, None).unwrap();
         pool.open = true;
         pool.holds += 1;
         self.pools.push(pool);
@@ -76,7 +76,7 @@ impl Program {
         }
         let pool = &mut self.pools[*self.random.of(&open)];
         pool.open = false;
-        self.world.allocator.end_allocate_to_pool(pool.device, pool.id).unwrap();
+        self.world.allocator.pools(pool.device).end_allocate_to_pool(pool.id).unwrap();
         Some(())
     }
 
@@ -89,9 +89,9 @@ impl Program {
         let pool = self.pools.remove(*self.random.of(&closed));
         self.drop_graphs(pool.id);
         for _ in 0..pool.holds {
-            self.world.allocator.release_pool(pool.device, pool.id).unwrap();
+            self.world.allocator.pools(pool.device).release_pool(pool.id).unwrap();
         }
-        assert!(self.world.allocator.release_pool(pool.device, pool.id).is_err());
+        assert!(self.world.allocator.pools(pool.device).release_pool(pool.id).is_err());
         if self.random.one_in(2) {
             let result = self.call(|program| program.world.allocator.empty_cache(pool.id, None));
             self.expect(result, &[]);
@@ -107,9 +107,9 @@ impl Program {
         let Pool { device, id, .. } = self.pools[*self.random.of(&mempools)];
         let on = self.random.one_in(2);
         if self.random.one_in(2) {
-            self.world.allocator.set_use_on_oom(device, id, on).unwrap();
+            self.world.allocator.pools(device).set_use_on_oom(id, on).unwrap();
         } else {
-            self.world.allocator.set_no_split(device, id, on).unwrap();
+            self.world.allocator.pools(device).set_no_split(id, on).unwrap();
         }
         Some(())
     }

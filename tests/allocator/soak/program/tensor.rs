@@ -2,7 +2,7 @@
 
 use super::random::{Random, mix};
 use torch_uvm::driver::{DeviceIndex, DevicePtr, Stream};
-use torch_uvm::pools::MempoolId;
+use torch_uvm::ids::MempoolId;
 
 /// An allocation of the program. Its bytes are the words of its tag, all of them or those of a few chunks.
 #[derive(Clone, Copy, Debug)]
