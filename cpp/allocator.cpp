@@ -323,9 +323,10 @@ void UvmAllocator::setMemoryFraction(double fraction, c10::DeviceIndex device) {
 }
 
 std::pair<size_t, size_t> UvmAllocator::memory_info(c10::DeviceIndex device) {
-  bridge::MemoryInfo info{};
-  check(bridge::memory_info(device, info));
-  return {info.free, info.capacity};
+  std::uint64_t free = 0;
+  std::uint64_t total = 0;
+  check(bridge::memory_info(device, free, total));
+  return {free, total};
 }
 
 void* UvmAllocator::getBaseAllocation(void* ptr, size_t* size) {

@@ -1,5 +1,6 @@
 // What the allocator asks of PyTorch (declared in torch_uvm/bridge_types.h).
 
+#include <torch_uvm/allocator.h>
 #include <torch_uvm/custom_allocators.h>
 #include <torch_uvm/history.h>
 #include <torch_uvm/observers.h>
@@ -78,6 +79,16 @@ bool run_free_memory_callbacks() noexcept {
 
 std::int64_t approximate_time() noexcept {
   return static_cast<std::int64_t>(c10::getApproximateTime());
+}
+
+rust::Vec<std::int64_t> unix_microseconds(rust::Slice<const std::int64_t> times) noexcept {
+  const auto to_nanoseconds = UvmAllocator::instance().time_converter();
+  rust::Vec<std::int64_t> microseconds;
+  microseconds.reserve(times.size());
+  for (const auto time : times) {
+    microseconds.push_back(static_cast<std::int64_t>(to_nanoseconds(time)) / 1000);
+  }
+  return microseconds;
 }
 
 std::uint64_t custom_alloc(std::uint64_t allocator, std::uint64_t bytes) noexcept {

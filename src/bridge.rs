@@ -4,23 +4,36 @@
 //! [`take_failure`], on the same thread. Results go to a place that C++ passes. So an allocation that succeeds builds
 //! no string and no C++ exception. No entry unwinds into C++: a panic becomes a failure of kind `Internal`.
 
+mod allocations;
 mod convert;
 mod failure;
+mod figures;
 mod hooks;
 mod log;
+mod pools;
 mod settings;
 
-use crate::allocator::{Allocator, CustomAllocator};
+use crate::allocator::Allocator;
 use crate::driver::cuda::CudaDriver;
-use crate::driver::{Advice, DeviceIndex, DevicePtr, Location, Stream};
 use crate::error::{Error, Result};
-use crate::history;
 use crate::ids::MempoolId;
-use crate::options::AccessPattern;
-use cxx::{SharedPtr, UniquePtr};
+use allocations::{
+    advise, allocate, allocate_at, allocate_with_context, allocation, annotate, base_allocation, cache_info,
+    context_of, discard, empty_cache, free, free_with_context, ipc_handle, memory_fraction, prefetch, record_stream,
+    set_memory_fraction,
+};
 use failure::{guarded, take_failure};
+use figures::{
+    description, device_stats, history_enabled, memory_info, pop_compile_context, push_compile_context,
+    reset_accumulated_stats, reset_peak_stats, rows, set_history, set_tracing, set_user_metadata, snapshot,
+    user_metadata,
+};
 use hooks::PyTorch;
 use parking_lot::Mutex;
+use pools::{
+    Checkpoint, begin_allocate_to_pool, check_pool_live_allocations, checkpoint, end_allocate_to_pool, ensure_pool,
+    pool_use_count, release_pool, restore, set_no_split, set_pool_placement, set_use_on_oom,
+};
 use settings::{apply_settings, check_settings, environment, has_ours, options, without_ours};
 use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
@@ -110,74 +123,6 @@ pub(crate) mod ffi {
     struct PoolReserved {
         pool: PoolId,
         bytes: StatArray,
-    }
-
-    /// Where the process's memory stands; see `torch_uvm_memory_info_t`.
-    struct MemoryInfo {
-        capacity: u64,
-        free: u64,
-        populated_device: u64,
-        populated_host: u64,
-        populated_unplaced: u64,
-        allocated: u64,
-        reserved: u64,
-        device_limit: u64,
-        device_total: u64,
-        device_free: u64,
-        host_total: u64,
-        host_available: u64,
-        host_reserve: u64,
-    }
-
-    /// See `torch_uvm_place_stats_t`.
-    struct PlaceStats {
-        populated_device: u64,
-        populated_device_peak: u64,
-        populated_host: u64,
-        populated_host_peak: u64,
-        populated_unplaced: u64,
-        populated_unplaced_peak: u64,
-        moved_to_device: u64,
-        moved_to_host: u64,
-        discarded: u64,
-        prefetches: u64,
-        advices: u64,
-        discards: u64,
-        stage: u64,
-        stage_changes: u64,
-        light_reclamations: u64,
-        hard_reclamations: u64,
-        reclaimed: u64,
-        moves_out: u64,
-        moved_out: u64,
-        regrets: u64,
-    }
-
-    /// See `torch_uvm_segment_t`.
-    struct SegmentPlace {
-        base: u64,
-        range_bytes: u64,
-        filled: u64,
-        vacant: u64,
-        discarded_end: u64,
-        populated_device: u64,
-        populated_host: u64,
-        populated_unplaced: u64,
-        pool_first: u64,
-        pool_second: u64,
-        memory: i32,
-        place: i32,
-        small: bool,
-        growing: bool,
-    }
-
-    /// See `torch_uvm_place_sample_t`; the time is still approximate.
-    struct PlaceSample {
-        time: i64,
-        device: u64,
-        host: u64,
-        unplaced: u64,
-        allocated: u64,
     }
 
     struct BlockInfo {
@@ -327,7 +272,8 @@ pub(crate) mod ffi {
         fn cache_info(device: i32, largest: &mut u64) -> bool;
         fn memory_fraction(device: i32, fraction: &mut f64) -> bool;
         fn set_memory_fraction(device: i32, fraction: f64) -> bool;
-        fn memory_info(device: i32, out: &mut MemoryInfo) -> bool;
+        /// What `getMemoryInfo` answers.
+        fn memory_info(device: i32, free: &mut u64, total: &mut u64) -> bool;
 
         // Hints: a device's number, or a negative one for the host.
         fn prefetch(ptr: u64, bytes: u64, to: i32, stream: u64) -> bool;
@@ -335,9 +281,10 @@ pub(crate) mod ffi {
         fn discard(ptr: u64, bytes: u64, stream: u64) -> bool;
 
         // Statistics and history.
-        fn place_stats(device: i32, out: &mut PlaceStats) -> bool;
-        fn segment_places(device: i32, out: &mut Vec<SegmentPlace>) -> bool;
-        fn place_samples(device: i32, out: &mut Vec<PlaceSample>) -> bool;
+        /// The tables' columns, the options and the placements, as JSON.
+        fn description() -> String;
+        /// The numbers of a table, row by row.
+        fn rows(table: &[u8], device: i32, out: &mut Vec<u64>) -> bool;
         fn device_stats(device: i32, out: &mut DeviceStats) -> bool;
         fn reset_accumulated_stats(device: i32) -> bool;
         fn reset_peak_stats(device: i32) -> bool;
@@ -393,6 +340,8 @@ pub(crate) mod ffi {
         fn run_free_memory_callbacks() -> bool;
         /// `c10::getApproximateTime`.
         fn approximate_time() -> i64;
+        /// Approximate times as microseconds since 1970.
+        fn unix_microseconds(times: &[i64]) -> Vec<i64>;
         /// Memory from a MemPool's own allocator, or 0.
         fn custom_alloc(allocator: u64, bytes: u64) -> u64;
         /// Gives it back; false where that allocator is not reachable now.
@@ -450,278 +399,11 @@ fn initialized() -> bool {
     ALLOCATOR.get().is_some_and(Allocator::initialized)
 }
 
-fn allocate(device: DeviceIndex, bytes: u64, stream: u64) -> u64 {
-    with(|allocator| allocator.allocate(device, bytes, Stream(stream), None)).map_or(0, |ptr| ptr.0)
-}
-
-fn allocate_with_context(device: DeviceIndex, bytes: u64, stream: u64, context: SharedPtr<ffi::StackContext>) -> u64 {
-    with(|allocator| allocator.allocate(device, bytes, Stream(stream), convert::context(context)))
-        .map_or(0, |ptr| ptr.0)
-}
-
-fn free(ptr: u64) -> bool {
-    with(|allocator| allocator.free(DevicePtr(ptr), None)).is_some()
-}
-
-fn free_with_context(ptr: u64, context: SharedPtr<ffi::StackContext>) -> bool {
-    with(|allocator| allocator.free(DevicePtr(ptr), convert::context(context))).is_some()
-}
-
-fn allocation(ptr: u64, out: &mut ffi::Allocation) -> bool {
-    answer(
-        out,
-        |allocator| allocator.allocation(DevicePtr(ptr)),
-        |found| ffi::Allocation { device: found.device, block_bytes: found.block_bytes },
-    )
-}
-
-fn record_stream(ptr: u64, device: DeviceIndex, stream: u64) -> bool {
-    with(|allocator| allocator.record_stream(DevicePtr(ptr), device, Stream(stream))).is_some()
-}
-
-fn base_allocation(ptr: u64, out: &mut ffi::BaseAllocation) -> bool {
-    answer(
-        out,
-        |allocator| allocator.base_allocation(DevicePtr(ptr)),
-        |(base, bytes)| ffi::BaseAllocation { address: base.0, bytes },
-    )
-}
-
-fn ipc_handle(ptr: u64, out: &mut ffi::SharedAllocation) -> bool {
-    answer(
-        out,
-        |allocator| allocator.ipc_handle(DevicePtr(ptr)),
-        |(handle, offset)| ffi::SharedAllocation { handle: handle.0, offset },
-    )
-}
-
-fn allocate_at(
-    device: DeviceIndex,
-    address: u64,
-    bytes: u64,
-    stream: u64,
-    context: SharedPtr<ffi::StackContext>,
-) -> u64 {
-    with(|allocator| allocator.allocate_at(device, address, bytes, Stream(stream), convert::context(context)))
-        .map_or(0, |ptr| ptr.0)
-}
-
-fn context_of(address: u64) -> SharedPtr<ffi::StackContext> {
-    guarded(|| Ok(ALLOCATOR.get().and_then(|allocator| allocator.context_of(address))))
-        .flatten()
-        .map_or_else(SharedPtr::null, |context| convert::stack(Some(&context)))
-}
-
-fn annotate(ptr: u64, metadata: &[u8]) -> bool {
-    with(|allocator| allocator.annotate(DevicePtr(ptr), &text(metadata))).is_some()
-}
-
 /// Text from C++, where strings are bytes.
 fn text(bytes: &[u8]) -> Cow<'_, str> {
     String::from_utf8_lossy(bytes)
 }
 
-fn empty_cache(pool: ffi::PoolId, context: SharedPtr<ffi::StackContext>) -> bool {
-    with(|allocator| allocator.empty_cache(pool_id(pool), convert::context(context))).is_some()
-}
-
-fn cache_info(device: DeviceIndex, largest: &mut u64) -> bool {
-    answer(largest, |allocator| allocator.cache_info(device), |bytes| bytes)
-}
-
-fn memory_fraction(device: DeviceIndex, fraction: &mut f64) -> bool {
-    answer(fraction, |allocator| allocator.memory_fraction(device), |fraction| fraction)
-}
-
-fn set_memory_fraction(device: DeviceIndex, fraction: f64) -> bool {
-    with(|allocator| allocator.set_memory_fraction(device, fraction)).is_some()
-}
-
-fn memory_info(device: DeviceIndex, out: &mut ffi::MemoryInfo) -> bool {
-    answer(out, |allocator| allocator.memory_info(device), |info| convert::memory_info(&info))
-}
-
-fn location(device: DeviceIndex) -> Location {
-    if device < 0 { Location::Host } else { Location::Device(device) }
-}
-
-fn prefetch(ptr: u64, bytes: u64, to: DeviceIndex, stream: u64) -> bool {
-    with(|allocator| allocator.hints().prefetch(DevicePtr(ptr), bytes, location(to), Stream(stream))).is_some()
-}
-
-fn advise(ptr: u64, bytes: u64, advice: &[u8], device: DeviceIndex) -> bool {
-    with(|allocator| {
-        let name = text(advice);
-        let advice = Advice::named(&name, location(device)).ok_or_else(|| {
-            Error::InvalidArgument(format!("advice: '{name}' is not allowed: expected {}", Advice::EXPECTED))
-        })?;
-        allocator.hints().advise(DevicePtr(ptr), bytes, advice)
-    })
-    .is_some()
-}
-
-fn discard(ptr: u64, bytes: u64, stream: u64) -> bool {
-    with(|allocator| allocator.hints().discard(DevicePtr(ptr), bytes, Stream(stream))).is_some()
-}
-
-fn place_stats(device: DeviceIndex, out: &mut ffi::PlaceStats) -> bool {
-    answer(out, |allocator| allocator.place_stats(device), |stats| convert::place_stats(&stats))
-}
-
-fn segment_places(device: DeviceIndex, out: &mut Vec<ffi::SegmentPlace>) -> bool {
-    answer(out, |allocator| allocator.segment_places(device), |all| all.iter().map(convert::segment_place).collect())
-}
-
-fn place_samples(device: DeviceIndex, out: &mut Vec<ffi::PlaceSample>) -> bool {
-    answer(out, |allocator| allocator.place_samples(device), |all| all.iter().map(convert::place_sample).collect())
-}
-
-fn device_stats(device: DeviceIndex, out: &mut ffi::DeviceStats) -> bool {
-    let both = |allocator: &Allocator| Ok((allocator.device_stats(device)?, allocator.pool_reserved(device)?));
-    answer(out, both, |(stats, pools)| convert::device_stats(&stats, &pools))
-}
-
-fn reset_accumulated_stats(device: DeviceIndex) -> bool {
-    with(|allocator| allocator.reset_accumulated_stats(device)).is_some()
-}
-
-fn reset_peak_stats(device: DeviceIndex) -> bool {
-    with(|allocator| allocator.reset_peak_stats(device)).is_some()
-}
-
-fn set_history(recording: &ffi::Recording) -> bool {
-    with(|allocator| {
-        allocator.set_history(convert::recording(recording)?);
-        Ok(())
-    })
-    .is_some()
-}
-
-fn history_enabled() -> bool {
-    ALLOCATOR.get().is_some_and(Allocator::history_enabled)
-}
-
-fn set_tracing(on: bool) -> bool {
-    with(|allocator| {
-        allocator.set_tracing(on);
-        Ok(())
-    })
-    .is_some()
-}
-
-fn snapshot(pool: ffi::PoolId, with_traces: bool, out: &mut ffi::Snapshot) -> bool {
-    answer(out, |allocator| Ok(allocator.snapshot(pool_id(pool), with_traces)), convert::snapshot)
-}
-
-fn push_compile_context(device: DeviceIndex, name: &[u8]) -> bool {
-    with(|allocator| allocator.push_compile_context(device, &text(name))).is_some()
-}
-
-fn pop_compile_context(device: DeviceIndex) -> bool {
-    with(|allocator| allocator.pop_compile_context(device)).is_some()
-}
-
-fn set_user_metadata(metadata: &[u8]) {
-    // Nothing here fails but for a panic, and then the metadata stays as it was.
-    let _ = guarded(|| {
-        history::set_user_metadata(&text(metadata));
-        Ok(())
-    });
-}
-
-fn user_metadata() -> String {
-    guarded(|| Ok(history::user_metadata())).flatten().as_deref().unwrap_or_default().to_owned()
-}
-
-fn begin_allocate_to_pool(
-    device: DeviceIndex,
-    pool: ffi::PoolId,
-    filter: UniquePtr<ffi::StreamFilter>,
-    stream: u64,
-    custom: u64,
-) -> bool {
-    with(|allocator| {
-        let filter = hooks::Filter(filter);
-        let filter = Box::new(move |stream: Stream| filter.accepts(stream));
-        allocator.pools(device).begin_allocate_to_pool(pool_id(pool), filter, Stream(stream), custom_allocator(custom))
-    })
-    .is_some()
-}
-
-fn end_allocate_to_pool(device: DeviceIndex, pool: ffi::PoolId) -> bool {
-    with(|allocator| allocator.pools(device).end_allocate_to_pool(pool_id(pool))).is_some()
-}
-
-fn release_pool(device: DeviceIndex, pool: ffi::PoolId) -> bool {
-    with(|allocator| allocator.pools(device).release_pool(pool_id(pool))).is_some()
-}
-
-fn ensure_pool(device: DeviceIndex, pool: ffi::PoolId, custom: u64) -> bool {
-    with(|allocator| allocator.pools(device).ensure_pool(pool_id(pool), custom_allocator(custom))).is_some()
-}
-
-fn pool_use_count(device: DeviceIndex, pool: ffi::PoolId, count: &mut i32) -> bool {
-    answer(count, |allocator| allocator.pools(device).pool_use_count(pool_id(pool)), |count| count)
-}
-
-fn set_use_on_oom(device: DeviceIndex, pool: ffi::PoolId, on: bool) -> bool {
-    with(|allocator| allocator.pools(device).set_use_on_oom(pool_id(pool), on)).is_some()
-}
-
-fn set_no_split(device: DeviceIndex, pool: ffi::PoolId) -> bool {
-    with(|allocator| allocator.pools(device).set_no_split(pool_id(pool), true)).is_some()
-}
-
-fn set_pool_placement(device: DeviceIndex, pool: ffi::PoolId, placement: &[u8]) -> bool {
-    with(|allocator| {
-        let name = text(placement);
-        let pattern = AccessPattern::named(&name).ok_or_else(|| {
-            Error::InvalidArgument(format!("placement: '{name}' is not allowed: expected {}", AccessPattern::EXPECTED))
-        })?;
-        allocator.pools(device).set_pool_placement(pool_id(pool), pattern)
-    })
-    .is_some()
-}
-
-fn check_pool_live_allocations(device: DeviceIndex, pool: ffi::PoolId, expected: &[u64], equal: &mut bool) -> bool {
-    answer(
-        equal,
-        |allocator| allocator.pools(device).check_pool_live_allocations(pool_id(pool), expected),
-        |equal| equal,
-    )
-}
-
-/// What C++ keeps of a checkpointed pool. Empty where taking the checkpoint failed: a `Box` cannot be null.
-pub(crate) struct Checkpoint(Option<Arc<crate::allocator::PoolState>>);
-
-impl Checkpoint {
-    fn valid(&self) -> bool {
-        self.0.is_some()
-    }
-}
-
-fn checkpoint(device: DeviceIndex, pool: ffi::PoolId) -> Box<Checkpoint> {
-    let state = with(|allocator| allocator.pools(device).checkpoint_state(pool_id(pool)));
-    Box::new(Checkpoint(state))
-}
-
-fn restore(
-    device: DeviceIndex,
-    state: &Checkpoint,
-    context: SharedPtr<ffi::StackContext>,
-    out: &mut ffi::Restored,
-) -> bool {
-    let restore = |allocator: &Allocator| match &state.0 {
-        Some(state) => allocator.pools(device).restore_pool(state, convert::context(context)),
-        None => Err(Error::Internal("an empty checkpoint was restored".to_owned())),
-    };
-    answer(out, restore, |restored| ffi::Restored { freed: restored.freed, created: restored.created })
-}
-
 fn pool_id(pool: ffi::PoolId) -> MempoolId {
     (pool.first, pool.second)
-}
-
-fn custom_allocator(address: u64) -> Option<CustomAllocator> {
-    (address != 0).then_some(CustomAllocator(address))
 }

@@ -16,6 +16,7 @@ pub mod blocks;
 #[cfg(feature = "bridge")]
 mod bridge;
 pub mod budget;
+pub mod column;
 pub mod device;
 pub mod driver;
 pub mod error;
@@ -36,5 +37,6 @@ pub mod settings_string;
 pub mod sizes;
 pub mod stats;
 pub mod streams;
+pub mod tables;
 pub mod thread_cache;
 pub mod tracer;

@@ -1,147 +1,115 @@
-//! The allocator's options: our keys in `PYTORCH_CUDA_ALLOC_CONF` (`use_uvm`, `uvm_…`), and those of PyTorch's own
-//! settings that we honour ([`NativeOptions`]). How they are found in a settings string is in
+//! The allocator's options: our keys in `PYTORCH_CUDA_ALLOC_CONF` (`use_uvm`, `uvm_…`).
+//!
+//! Each option is one row of the table below. The options' types, their parser and their printer come from it, and so do
+//! `torch_uvm.config()` and the table of the README ([`Options::table`]). How our keys are found among PyTorch's is in
 //! [`settings_string`](crate::settings_string).
 
+mod native;
+mod values;
+
+pub use native::NativeOptions;
+pub use values::AccessPattern;
+
 use crate::error::{Error, Result};
-use crate::sizes::LARGE_STEP;
 use std::fmt;
 use std::str::FromStr;
+use values::{Bytes, Mib, MibAtLeastOne, MibOrOff, Pattern, Ratio, Share, Switch, Value};
 
-const MIB: u64 = 1 << 20;
-
-/// Where the default pool's memory is placed (`uvm_access_pattern`).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
-pub enum AccessPattern {
-    /// On the GPU while resident bytes stay under the device limit, in host memory reachable from the GPU beyond it.
-    #[default]
-    GpuFirst,
-    /// Wherever it is used: the driver decides.
-    Balanced,
-    /// In host memory, reachable from the GPU.
-    CpuFirst,
-    /// Plain device memory: no oversubscription, and IPC works.
-    Device,
+/// What is told of an option.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct OptionInfo {
+    /// Its key.
+    pub key: &'static str,
+    /// The type of its value in Python.
+    pub python_type: &'static str,
+    /// What holds where the key is not given, in words.
+    pub default: &'static str,
+    /// What it does, in words.
+    pub meaning: String,
 }
 
-impl AccessPattern {
-    const ALL: [Self; 4] = [Self::GpuFirst, Self::Balanced, Self::CpuFirst, Self::Device];
-
-    /// What may be asked for, in words.
-    pub const EXPECTED: &'static str = "gpu_first, balanced, cpu_first or device";
-
-    /// The pattern of this name.
-    pub fn named(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|pattern| pattern.name() == name)
-    }
-
-    /// The name as the option's value.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::GpuFirst => "gpu_first",
-            Self::Balanced => "balanced",
-            Self::CpuFirst => "cpu_first",
-            Self::Device => "device",
+/// Makes [`Options`] of its rows: `key: field as kind of value = default, "the default in words", "the meaning";`.
+macro_rules! options {
+    ($($key:ident: $field:ident as $kind:ident = $default:expr, $shown:literal, $meaning:expr;)*) => {
+        /// Our own options. [`Options::default`] is what holds where a key is not given.
+        #[derive(Clone, PartialEq, Debug)]
+        pub struct Options {
+            $(#[doc = concat!("`", stringify!($key), "`. Default: ", $shown, ".")] pub $field: <$kind as Value>::Held,)*
         }
-    }
-}
 
-/// Our own options. [`Options::default`] is what holds where a key is not given.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Options {
-    /// `use_uvm`: this allocator is the process's CUDA allocator.
-    pub enabled: bool,
-    /// `uvm_oversubscription_ratio`: the capacity is at most this many times the device's memory. Positive and finite.
-    pub oversubscription_ratio: f64,
-    /// `uvm_access_pattern`: the default pool's placement.
-    pub access_pattern: AccessPattern,
-    /// `uvm_prefetch`: populate memory ahead of its use.
-    pub prefetch: bool,
-    /// `uvm_prefetch_threshold_mb` in bytes: allocations of at least this size are not prefetched. `None`: all are.
-    pub prefetch_threshold: Option<u64>,
-    /// `uvm_device_limit_mb` in bytes: soft limit on what this process keeps on the GPU. `None`: the device's memory
-    /// less a headroom.
-    pub device_limit: Option<u64>,
-    /// `uvm_host_reserve_mb` in bytes: host memory left to everyone else. `None`: the larger of 2048 MiB and 5 %.
-    pub host_reserve: Option<u64>,
-    /// `uvm_stage1_threshold`: when free device memory falls under this share (0 to 1), cached blocks are given back
-    /// before the pool grows.
-    pub stage1_threshold: f64,
-    /// `uvm_stage1_min_bytes`: the same, as a number of bytes. 0: off.
-    pub stage1_min_bytes: u64,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            enabled: false,
-            oversubscription_ratio: 5.0,
-            access_pattern: AccessPattern::GpuFirst,
-            prefetch: true,
-            prefetch_threshold: None,
-            device_limit: None,
-            host_reserve: None,
-            stage1_threshold: 0.10,
-            stage1_min_bytes: 0,
+        impl Default for Options {
+            fn default() -> Self {
+                Self { $($field: $default,)* }
+            }
         }
-    }
-}
 
-impl Options {
-    /// All our keys.
-    pub const KEYS: [&'static str; 9] = [
-        "use_uvm",
-        "uvm_oversubscription_ratio",
-        "uvm_access_pattern",
-        "uvm_prefetch",
-        "uvm_prefetch_threshold_mb",
-        "uvm_device_limit_mb",
-        "uvm_host_reserve_mb",
-        "uvm_stage1_threshold",
-        "uvm_stage1_min_bytes",
-    ];
+        impl Options {
+            /// All our keys.
+            pub const KEYS: &'static [&'static str] = &[$(stringify!($key),)*];
 
-    /// Sets one option.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`]: names the key, the value and what is allowed. The options are then as they were.
-    pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
-        match key {
-            "use_uvm" => self.enabled = boolean(key, value)?,
-            "uvm_oversubscription_ratio" => {
-                self.oversubscription_ratio =
-                    number(key, value, "a positive finite number", |ratio| ratio > 0.0 && ratio.is_finite())?;
+            /// What is told of each.
+            pub fn table() -> Vec<OptionInfo> {
+                vec![$(OptionInfo {
+                    key: stringify!($key),
+                    python_type: <$kind as Value>::PYTHON_TYPE,
+                    default: $shown,
+                    meaning: $meaning.into(),
+                },)*]
             }
-            "uvm_access_pattern" => {
-                self.access_pattern =
-                    AccessPattern::named(value).ok_or_else(|| refused(key, value, AccessPattern::EXPECTED))?;
-            }
-            "uvm_prefetch" => self.prefetch = boolean(key, value)?,
-            "uvm_prefetch_threshold_mb" => {
-                let bytes = mebibytes(key, value, "a whole number of MiB, or 0 for no threshold")?;
-                self.prefetch_threshold = (bytes > 0).then_some(bytes);
-            }
-            "uvm_device_limit_mb" => {
-                let allowed = "a whole number of MiB, at least 1";
-                let bytes = mebibytes(key, value, allowed)?;
-                if bytes == 0 {
-                    return Err(refused(key, value, allowed));
+
+            /// Sets one option.
+            ///
+            /// # Errors
+            /// [`Error::InvalidArgument`]: names the key, the value and what is allowed. The options are then as they were.
+            pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
+                match key {
+                    $(stringify!($key) => self.$field = parse::<$kind>(key, value)?,)*
+                    _ => return Err(unknown(key, value)),
                 }
-                self.device_limit = Some(bytes);
+                Ok(())
             }
-            "uvm_host_reserve_mb" => self.host_reserve = Some(mebibytes(key, value, "a whole number of MiB")?),
-            "uvm_stage1_threshold" => {
-                self.stage1_threshold =
-                    number(key, value, "a number from 0 to 1", |share| (0.0..=1.0).contains(&share))?;
-            }
-            "uvm_stage1_min_bytes" => self.stage1_min_bytes = whole(key, value, "a whole number of bytes")?,
-            _ => {
-                return Err(Error::InvalidArgument(format!(
-                    "{key}: unknown option (value '{value}'): the options of the uvm allocator are {}",
-                    Self::KEYS.join(", ")
-                )));
+
+            /// Each option and its value as text; `None` where the value follows from the machine.
+            fn printed(&self) -> Vec<(&'static str, Option<String>)> {
+                vec![$((stringify!($key), <$kind as Value>::print(&self.$field)),)*]
             }
         }
-        Ok(())
+
+        #[cfg(test)]
+        fn any_options() -> impl proptest::strategy::Strategy<Value = Options> {
+            use proptest::prelude::*;
+            // A tuple strategy takes ten at the most: each option goes over the one before.
+            let options = Just(Options::default()).boxed();
+            $(let options = (options, <$kind as Value>::any())
+                .prop_map(|(options, value)| Options { $field: value, ..options }).boxed();)*
+            options
+        }
+    };
+}
+
+options! {
+    use_uvm: enabled as Switch = false, "`False`", "this backend";
+    uvm_oversubscription_ratio: oversubscription_ratio as Ratio = 5.0, "`5.0`",
+        "the capacity is at most this many times the device's memory, and at most the device's memory plus the host memory \
+         that is left, less the reserve";
+    uvm_access_pattern: access_pattern as Pattern = AccessPattern::GpuFirst, "`gpu_first`", AccessPattern::meanings();
+    uvm_prefetch: prefetch as Switch = true, "`True`", "populate memory ahead of its use";
+    uvm_prefetch_threshold_mb: prefetch_threshold as MibOrOff = None, "`0` (off)",
+        "allocations of at least this size are not populated ahead";
+    uvm_device_limit_mb: device_limit as MibAtLeastOne = None, "the device's memory less 1/16 (at most 1 GiB)",
+        "soft limit on the bytes this process keeps on the GPU";
+    uvm_host_reserve_mb: host_reserve as Mib = None, "the larger of 2048 and 5 %", "host memory left to everyone else";
+    uvm_stage1_threshold: stage1_threshold as Share = 0.10, "`0.10`",
+        "when less than this share of the device limit is free, cached memory is given back before the device is populated \
+         further, until half as much again is free";
+    uvm_stage1_min_bytes: stage1_min_bytes as Bytes = 0, "`0`", "the same, as a number of bytes";
+}
+
+impl fmt::Display for Options {
+    /// The options as a settings string; [`Options::from_str`] reads it back.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known = self.printed().into_iter().filter_map(|(key, value)| Some(format!("{key}:{}", value?)));
+        f.write_str(&known.collect::<Vec<_>>().join(","))
     }
 }
 
@@ -159,88 +127,16 @@ impl FromStr for Options {
     }
 }
 
-impl fmt::Display for Options {
-    /// The options as a settings string; [`Options::from_str`] reads it back.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "use_uvm:{},uvm_oversubscription_ratio:{},uvm_access_pattern:{},uvm_prefetch:{},\
-             uvm_prefetch_threshold_mb:{}",
-            python_bool(self.enabled),
-            self.oversubscription_ratio,
-            self.access_pattern.name(),
-            python_bool(self.prefetch),
-            self.prefetch_threshold.unwrap_or(0) / MIB,
-        )?;
-        if let Some(bytes) = self.device_limit {
-            write!(f, ",uvm_device_limit_mb:{}", bytes / MIB)?;
-        }
-        if let Some(bytes) = self.host_reserve {
-            write!(f, ",uvm_host_reserve_mb:{}", bytes / MIB)?;
-        }
-        write!(f, ",uvm_stage1_threshold:{},uvm_stage1_min_bytes:{}", self.stage1_threshold, self.stage1_min_bytes)
-    }
+fn parse<V: Value>(key: &str, value: &str) -> Result<V::Held> {
+    V::parse(value)
+        .ok_or_else(|| Error::InvalidArgument(format!("{key}: '{value}' is not allowed: expected {}", V::allowed())))
 }
 
-/// PyTorch's own settings that this allocator honours, as PyTorch has parsed and checked them.
-#[derive(Clone, PartialEq, Debug)]
-pub struct NativeOptions {
-    /// `max_split_size_mb` in bytes: larger blocks are not split. [`u64::MAX`]: off.
-    pub max_split_size: u64,
-    /// `max_non_split_rounding_mb` in bytes: how much larger than the request an unsplit block may be.
-    pub max_non_split_rounding_size: u64,
-    /// `garbage_collection_threshold`: share of the allowed memory above which old cached blocks are freed. 0: off.
-    pub garbage_collection_threshold: f64,
-    /// `roundup_power2_divisions` for sizes from 1 MiB (or less) to 32 GiB (or more), by powers of two. 0 and 1: off.
-    pub roundup_power2_divisions: [u64; 16],
-    /// `expandable_segments`: managed segments grow with and without it; with it, those of private pools do too.
-    pub expandable_segments: bool,
-    /// `large_segment_size_mb` in bytes: how much the large pool takes at a time.
-    pub large_segment_size: u64,
-    /// `throw_on_cudamalloc_oom`: observers of allocations that are refused before CUDA is asked want to be told.
-    pub throw_on_oom: bool,
-}
-
-impl Default for NativeOptions {
-    fn default() -> Self {
-        Self {
-            max_split_size: u64::MAX,
-            max_non_split_rounding_size: 20 * MIB,
-            garbage_collection_threshold: 0.0,
-            roundup_power2_divisions: [0; 16],
-            expandable_segments: false,
-            large_segment_size: LARGE_STEP,
-            throw_on_oom: false,
-        }
-    }
-}
-
-fn refused(key: &str, value: &str, allowed: &str) -> Error {
-    Error::InvalidArgument(format!("{key}: '{value}' is not allowed: expected {allowed}"))
-}
-
-fn boolean(key: &str, value: &str) -> Result<bool> {
-    match value {
-        "True" => Ok(true),
-        "False" => Ok(false),
-        _ => Err(refused(key, value, "True or False")),
-    }
-}
-
-fn python_bool(value: bool) -> &'static str {
-    if value { "True" } else { "False" }
-}
-
-fn number(key: &str, value: &str, allowed: &str, is_allowed: impl Fn(f64) -> bool) -> Result<f64> {
-    value.parse().ok().filter(|number| is_allowed(*number)).ok_or_else(|| refused(key, value, allowed))
-}
-
-fn whole(key: &str, value: &str, allowed: &str) -> Result<u64> {
-    value.parse().map_err(|_| refused(key, value, allowed))
-}
-
-fn mebibytes(key: &str, value: &str, allowed: &str) -> Result<u64> {
-    whole(key, value, allowed)?.checked_mul(MIB).ok_or_else(|| refused(key, value, allowed))
+fn unknown(key: &str, value: &str) -> Error {
+    Error::InvalidArgument(format!(
+        "{key}: unknown option (value '{value}'): the options of the uvm allocator are {}",
+        Options::KEYS.join(", ")
+    ))
 }
 
 #[cfg(test)]
@@ -256,26 +152,35 @@ mod tests {
     }
 
     #[test]
-    fn every_key_is_read() {
-        let options: Options = "use_uvm:True,uvm_oversubscription_ratio:2.5,uvm_access_pattern:cpu_first,\
-             uvm_prefetch:False,uvm_prefetch_threshold_mb:2048,uvm_device_limit_mb:512,uvm_host_reserve_mb:0,\
-             uvm_stage1_threshold:0.15,uvm_stage1_min_bytes:10737418240"
-            .parse()
-            .unwrap();
-        assert_eq!(
-            options,
-            Options {
-                enabled: true,
-                oversubscription_ratio: 2.5,
-                access_pattern: AccessPattern::CpuFirst,
-                prefetch: false,
-                prefetch_threshold: Some(2048 * MIB),
-                device_limit: Some(512 * MIB),
-                host_reserve: Some(0),
-                stage1_threshold: 0.15,
-                stage1_min_bytes: 10_737_418_240,
+    fn each_option_is_read_and_printed() {
+        let given = "use_uvm:True,uvm_oversubscription_ratio:2.5,uvm_access_pattern:cpu_first,uvm_prefetch:False,\
+                     uvm_prefetch_threshold_mb:2048,uvm_device_limit_mb:512,uvm_host_reserve_mb:0,\
+                     uvm_stage1_threshold:0.15,uvm_stage1_min_bytes:10737418240";
+        let options: Options = given.parse().unwrap();
+        assert_eq!(options.to_string(), given);
+        let mib = 1 << 20;
+        assert!(options.enabled && !options.prefetch && options.access_pattern == AccessPattern::CpuFirst);
+        assert_eq!((options.oversubscription_ratio, options.stage1_threshold), (2.5, 0.15));
+        assert_eq!((options.prefetch_threshold, options.device_limit), (Some(2048 * mib), Some(512 * mib)));
+        assert_eq!((options.host_reserve, options.stage1_min_bytes), (Some(0), 10_737_418_240));
+    }
+
+    #[test]
+    fn defaults_that_are_values_are_printed_so() {
+        let printed = Options::default().printed();
+        for (info, (key, value)) in Options::table().iter().zip(printed) {
+            assert_eq!(info.key, key);
+            let shown = info.default.strip_prefix('`').and_then(|text| text.split('`').next());
+            match (shown, value) {
+                (None, None) => {}
+                (Some(shown), Some(value)) => {
+                    let mut options = Options::default();
+                    options.set(key, shown).unwrap();
+                    assert_eq!(options, Options::default(), "{key}: {shown} is not {value}");
+                }
+                other => panic!("{key}: {other:?}"),
             }
-        );
+        }
     }
 
     #[test]
@@ -317,33 +222,6 @@ mod tests {
         assert!(options.set("uvm_device_limit_mb", "0").is_err());
         assert!(options.set("uvm_stage1_threshold", "NaN").is_err());
         assert_eq!(options, Options::default());
-    }
-
-    prop_compose! {
-        fn any_options()(
-            enabled: bool,
-            oversubscription_ratio in prop::num::f64::POSITIVE.prop_filter("finite", |r| r.is_finite() && *r > 0.0),
-            access_pattern in prop::sample::select(&AccessPattern::ALL),
-            prefetch: bool,
-            prefetch_threshold in prop::option::of(1..1_u64 << 44),
-            device_limit in prop::option::of(1..1_u64 << 44),
-            host_reserve in prop::option::of(0..1_u64 << 44),
-            stage1_threshold in 0.0..=1.0,
-            stage1_min_bytes: u64,
-        ) -> Options {
-            let bytes = |mib: Option<u64>| mib.map(|mib| mib * MIB);
-            Options {
-                enabled,
-                oversubscription_ratio,
-                access_pattern,
-                prefetch,
-                prefetch_threshold: bytes(prefetch_threshold),
-                device_limit: bytes(device_limit),
-                host_reserve: bytes(host_reserve),
-                stage1_threshold,
-                stage1_min_bytes,
-            }
-        }
     }
 
     proptest! {

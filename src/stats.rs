@@ -1,5 +1,6 @@
 //! The counters behind `torch.cuda.memory_stats()`. Names and meanings are `c10::CachingDeviceAllocator::DeviceStats`'s.
 
+use crate::column::Column;
 use crate::place::Populated;
 
 /// One statistic: a level, its peak, and what went in and out of it (counts or bytes).
@@ -210,44 +211,93 @@ impl Level {
     }
 }
 
-/// What is populated where on one device, and what moved. The books know what this process was asked for; what the driver
-/// moves by itself at a page fault they do not see.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct PlaceStats {
-    /// Populated on the GPU.
-    pub device: Level,
-    /// Populated in host memory.
-    pub host: Level,
-    /// Populated wherever the driver moves it.
-    pub unplaced: Level,
-    /// Bytes of live and cached memory that hints and the allocator moved to the device.
-    pub moved_to_device: u64,
-    /// The same to the host.
-    pub moved_to_host: u64,
-    /// Bytes whose contents were dropped, by hints and by the allocator.
-    pub discarded: u64,
-    /// Count of hints: prefetches.
-    pub prefetches: u64,
-    /// Count of hints: advice.
-    pub advices: u64,
-    /// Count of hints: discards.
-    pub discards: u64,
-    /// How short of device memory it is: 0 not, 1 cached memory is given back, 2 the limit is met.
-    pub stage: u64,
-    /// How often that changed.
-    pub stage_changes: u64,
-    /// How often cached memory was given back because the device was nearly full.
-    pub light_reclamations: u64,
-    /// How often the device limit or the cap was met: live memory was moved out, or all caches were given back.
-    pub hard_reclamations: u64,
-    /// Bytes that either gave back or moved out.
-    pub reclaimed: u64,
-    /// How often a live allocation was moved to the host to make room, and its bytes.
-    pub moves_out: u64,
-    /// Bytes of live allocations that were moved out.
-    pub moved_out: u64,
-    /// How many of them were freed soon after.
-    pub regrets: u64,
+/// Makes [`PlaceStats`] of its rows, each `kind field: "the meaning";`, or with other names than the field's for programs:
+/// `kind field "name" "path": "the meaning";`. The path is where `torch.cuda.memory_stats()` has it, below `uvm.`.
+///
+/// A `level` is a number of bytes and its peak. A `counter` accumulates and starts anew when accumulated statistics are
+/// reset. A `gauge` is a number as it is now.
+macro_rules! statistics {
+    ($($kind:ident $field:ident $($name:literal $path:literal)?: $meaning:literal;)*) => {
+        /// What is populated where on one device, and what moved. The books know what this process was asked for; what the
+        /// driver moves by itself at a page fault they do not see.
+        #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+        pub struct PlaceStats {
+            $(#[doc = $meaning] pub $field: statistics!(@type $kind),)*
+        }
+
+        impl PlaceStats {
+            /// The columns by which programs know the numbers, in the order of [`PlaceStats::numbers`].
+            pub fn columns() -> Vec<Column> {
+                let mut columns = Vec::new();
+                $(statistics!(@columns $kind columns, stringify!($field), [$($name, $path)?], $meaning);)*
+                columns
+            }
+
+            /// The numbers.
+            pub fn numbers(&self) -> Vec<u64> {
+                let mut numbers = Vec::new();
+                $(statistics!(@numbers $kind numbers, self.$field);)*
+                numbers
+            }
+
+            /// Starts what accumulates anew.
+            pub fn reset_accumulated(&mut self) {
+                $(statistics!(@reset $kind self.$field);)*
+            }
+
+            /// Starts the peaks anew.
+            pub fn reset_peak(&mut self) {
+                $(statistics!(@reset_peak $kind self.$field);)*
+            }
+        }
+    };
+    (@type level) => { Level };
+    (@type $kind:ident) => { u64 };
+    (@name $field:expr, []) => { ($field, $field) };
+    (@name $field:expr, [$name:literal, $path:literal]) => { ($name, $path) };
+    (@columns level $columns:ident, $field:expr, $names:tt, $meaning:literal) => {
+        let (name, path) = statistics!(@name $field, $names);
+        $columns.push(Column::new(name, $meaning).in_memory_stats(format!("{path}.current")));
+        $columns.push(
+            Column::new(format!("{name}_peak"), "The most of it since peaks were reset.")
+                .in_memory_stats(format!("{path}.peak")),
+        );
+    };
+    (@columns $kind:ident $columns:ident, $field:expr, $names:tt, $meaning:literal) => {
+        let (name, path) = statistics!(@name $field, $names);
+        $columns.push(Column::new(name, $meaning).in_memory_stats(path));
+    };
+    (@numbers level $numbers:ident, $level:expr) => { $numbers.extend([$level.current, $level.peak]); };
+    (@numbers $kind:ident $numbers:ident, $number:expr) => { $numbers.push($number); };
+    (@reset counter $number:expr) => { $number = 0; };
+    (@reset $kind:ident $number:expr) => {};
+    (@reset_peak level $level:expr) => { $level.peak = $level.current; };
+    (@reset_peak $kind:ident $number:expr) => {};
+}
+
+statistics! {
+    level device "populated_device" "populated_bytes.device": "Bytes populated on the GPU.";
+    level host "populated_host" "populated_bytes.host": "Bytes populated in host memory.";
+    level unplaced "populated_unplaced" "populated_bytes.unplaced":
+        "Bytes populated wherever the driver moves them (`balanced`).";
+    counter moved_to_device "moved_to_device" "moved_bytes.to_device":
+        "Bytes, in use or cached, that hints and the allocator moved to the device.";
+    counter moved_to_host "moved_to_host" "moved_bytes.to_host":
+        "Bytes, in use or cached, that hints and the allocator moved to the host.";
+    counter discarded "discarded" "discarded_bytes": "Bytes whose contents were dropped, by hints and by the allocator.";
+    counter prefetches: "Count of hints: `prefetch`.";
+    counter advices: "Count of hints: `advise`.";
+    counter discards: "Count of hints: `discard`.";
+    gauge stage: "0: there is room on the device. 1: it is nearly full, cached memory is given back first. 2: the device limit \
+        is met.";
+    counter stage_changes: "How often the stage changed.";
+    counter light_reclamations: "How often cached memory was given back because the device was nearly full.";
+    counter hard_reclamations:
+        "How often the device limit or the cap was met, and live memory was moved out or all caches were given back.";
+    counter reclaimed "reclaimed" "reclaimed_bytes": "Bytes that light and hard reclamations gave back or moved out.";
+    counter moves_out: "How often a live allocation was moved to the host to make room.";
+    counter moved_out "moved_out" "moved_out_bytes": "Bytes of live allocations that were moved out.";
+    counter regrets: "How many of them were freed soon after.";
 }
 
 impl PlaceStats {
@@ -256,18 +306,5 @@ impl PlaceStats {
         self.device.set(populated.device);
         self.host.set(populated.host);
         self.unplaced.set(populated.unplaced);
-    }
-
-    /// Starts what accumulates anew.
-    pub fn reset_accumulated(&mut self) {
-        let Self { device, host, unplaced, stage, .. } = *self;
-        *self = Self { device, host, unplaced, stage, ..Self::default() };
-    }
-
-    /// Starts the peaks anew.
-    pub fn reset_peak(&mut self) {
-        for level in [&mut self.device, &mut self.host, &mut self.unplaced] {
-            level.peak = level.current;
-        }
     }
 }

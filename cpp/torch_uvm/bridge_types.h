@@ -40,6 +40,7 @@ class StreamFilter {
 rust::Vec<rust::String> settings_tokens(rust::Slice<const std::uint8_t> conf) noexcept;
 bool run_free_memory_callbacks() noexcept;
 std::int64_t approximate_time() noexcept;
+rust::Vec<std::int64_t> unix_microseconds(rust::Slice<const std::int64_t> times) noexcept;
 std::uint64_t custom_alloc(std::uint64_t allocator, std::uint64_t bytes) noexcept;
 bool custom_free(std::uint64_t allocator, std::uint64_t ptr) noexcept;
 void pool_forgotten(std::int32_t device, PoolId pool) noexcept;

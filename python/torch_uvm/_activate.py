@@ -123,56 +123,25 @@ def _name_in_torch(library: Library) -> None:
 
     def memory_stats(device: int) -> dict[str, Any]:
         found: dict[str, Any] = theirs(device)
-        add_figures(found, library.place_numbers(device))
+        add_figures(found, library, device)
         return found
 
     memory_stats.__wrapped__ = theirs  # type: ignore[attr-defined]
     torch._C._cuda_memoryStats = memory_stats
 
 
-def add_figures(stats: dict[str, Any], numbers: Any) -> None:
-    """Adds our figures to `torch.cuda.memory_stats_as_nested_dict()`, under the names that programs look for: `uvm_stage`
-    and, flattened, `uvm.stage`. `numbers` are the fields of PlaceStats in their order."""
-    (
-        device,
-        device_peak,
-        host,
-        host_peak,
-        unplaced,
-        unplaced_peak,
-        to_device,
-        to_host,
-        discarded,
-        *_,
-        stage,
-        stage_changes,
-        light,
-        hard,
-        reclaimed,
-        moves_out,
-        moved_out,
-        regrets,
-    ) = numbers
-    stats["uvm_stage"] = stage
-    stats["uvm_light_reclamations"] = light
-    stats["uvm_hard_reclamations"] = hard
-    stats["uvm"] = {
-        "stage": stage,
-        "stage_changes": stage_changes,
-        "light_reclamations": light,
-        "hard_reclamations": hard,
-        "reclaimed_bytes": reclaimed,
-        "populated_bytes": {
-            "device": {"current": device, "peak": device_peak},
-            "host": {"current": host, "peak": host_peak},
-            "unplaced": {"current": unplaced, "peak": unplaced_peak},
-        },
-        "moved_bytes": {"to_device": to_device, "to_host": to_host},
-        "discarded_bytes": discarded,
-        "moves_out": moves_out,
-        "moved_out_bytes": moved_out,
-        "regrets": regrets,
-    }
+def add_figures(stats: dict[str, Any], library: Library, device: int) -> None:
+    """Adds our figures to `torch.cuda.memory_stats_as_nested_dict()`: under `uvm`, and those that programs look for
+    under names of their own."""
+    (row,) = library.rows("statistics", device)
+    for column in library.columns("statistics"):
+        *path, last = ["uvm", *column.path.split(".")]
+        at = stats
+        for key in path:
+            at = at.setdefault(key, {})
+        at[last] = row[column.name]
+    for name in ("stage", "light_reclamations", "hard_reclamations"):
+        stats[f"uvm_{name}"] = row[name]
 
 
 def _take_over(module: Any, name: str, plugin: Plugin) -> None:

@@ -22,9 +22,9 @@ from typing import Any
 
 from . import _library, _machine, _version
 from ._activate import VARIABLES, is_our_key, keys_of, without_white_space
-from ._library import size
+from ._format import format_bytes as size
 from ._machine import Cuda, Gpu, Host
-from ._report import OPTIONS
+from ._tables import OPTIONS
 
 #: How long a process may take to import PyTorch and initialise CUDA, in seconds. Network file systems are slow.
 PATIENCE = 300

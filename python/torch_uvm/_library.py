@@ -7,20 +7,41 @@ package carries one library for each minor version, which `_activate` loads.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from ._records import MemoryInfo, PlaceSample, PlaceStats, SegmentPlace
 
-#: The number of the C interface that this file mirrors: TORCH_UVM_C_API of c_api.h.
-C_API = 2
+Record = TypeVar("Record")
+
+#: The number of the C interface that this file speaks: TORCH_UVM_C_API of c_api.h.
+C_API = 3
 #: Where the plug-in's libraries lie: `libtorch_uvm_215.so` is for PyTorch 2.15.
 LIBRARIES = Path(__file__).parent / "lib"
-#: How many numbers `torch_uvm_place_stats_t` has.
-PLACE_NUMBERS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of one of the library's tables."""
+
+    name: str
+    #: The type of its values here: `int`, `bool` or `str`.
+    type: str
+    #: What the numbers 0, 1, 2, … stand for, where the type is `str`.
+    words: list[str]
+    #: Where `torch.cuda.memory_stats()` has it, below `uvm.`; keys joined by dots. Empty: nowhere.
+    path: str
+    #: What it is, in words.
+    meaning: str
+
+    def value(self, number: int) -> Any:
+        """What a number of this column stands for."""
+        return self.words[number] if self.words else bool(number) if self.type == "bool" else number
 
 
 class Library:
@@ -45,15 +66,13 @@ class Library:
         self._enabled = self._function("torch_uvm_enabled", ctypes.c_int)
         self._initialized = self._function("torch_uvm_initialized", ctypes.c_int)
         self._options = self._function("torch_uvm_options", ctypes.c_char_p)
-        # Pointers to structures are plain pointers here: making ctypes' types for them takes milliseconds.
-        self._memory_info = self._function("torch_uvm_memory_info", ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
-        self._place_stats = self._function("torch_uvm_place_stats", ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
-        for name in ("segments", "place_samples"):
-            function = self._function(
-                f"torch_uvm_{name}", ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64
-            )
-            setattr(self, f"_{name}", function)
+        self._description = self._function("torch_uvm_description", ctypes.c_char_p)
         u64 = ctypes.c_uint64
+        # A pointer to numbers is a plain pointer here: making ctypes' type for it takes a millisecond.
+        self._rows = self._function(
+            "torch_uvm_rows", ctypes.c_int64, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, u64
+        )
+        self._columns: dict[str, list[Column]] = {}
         self._prefetch = self._function("torch_uvm_prefetch", ctypes.c_int, u64, u64, ctypes.c_int, u64)
         self._advise = self._function("torch_uvm_advise", ctypes.c_int, u64, u64, ctypes.c_char_p, ctypes.c_int)
         self._discard = self._function("torch_uvm_discard", ctypes.c_int, u64, u64, u64)
@@ -98,48 +117,76 @@ class Library:
             raise ValueError(self.last_error())
         return _text(options)
 
-    def memory_info(self, device: int) -> MemoryInfo:
-        """The memory of a device. RuntimeError where CUDA is not initialised or has no such device."""
-        from ._records import MEMORY_INFO_NUMBERS, MemoryInfo
+    def description(self) -> dict[str, Any]:
+        """What there is, by name: the columns of each table, the options and the placements."""
+        found: dict[str, Any] = json.loads(_text(self._description()))
+        return found
 
-        numbers = (ctypes.c_uint64 * MEMORY_INFO_NUMBERS)()
-        self._done(self._memory_info(device, ctypes.byref(numbers)))
-        return MemoryInfo(*numbers)
+    def columns(self, table: str) -> list[Column]:
+        """The columns of a table, in the order of its numbers."""
+        if not self._columns:
+            tables = self.description()["tables"]
+            self._columns = {name: [Column(**column) for column in columns] for name, columns in tables.items()}
+        return self._columns[table]
+
+    def rows(self, table: str, device: int) -> list[dict[str, Any]]:
+        """The rows of a table of a device, by the names of its columns.
+
+        RuntimeError where CUDA is not initialised or has no such device.
+        """
+        columns = self.columns(table)
+        width = len(columns)
+        numbers = self._numbers(table, device, width)
+        return [
+            {column.name: column.value(numbers[start + at]) for at, column in enumerate(columns)}
+            for start in range(0, len(numbers), width)
+        ]
+
+    def _numbers(self, table: str, device: int, room: int) -> list[int]:
+        """The numbers of a table, row by row. `room` is how many there are at least."""
+        while True:
+            found = (ctypes.c_uint64 * room)()
+            count = self._done(self._rows(table.encode(), device, found, room))
+            if count <= room:
+                return found[:count]
+            room = count + count // 8  # others may add some meanwhile
+
+    def memory_info(self, device: int) -> MemoryInfo:
+        """The memory of a device. RuntimeError as `rows`."""
+        from ._records import MemoryInfo
+
+        return self._record(MemoryInfo, self.rows("memory_info", device)[0])
 
     def place_stats(self, device: int) -> PlaceStats:
-        """What is populated where on a device, and what moved. RuntimeError as `memory_info`."""
+        """What is populated where on a device, and what moved. RuntimeError as `rows`."""
         from ._records import PlaceStats
 
-        return PlaceStats(*self.place_numbers(device))
-
-    def place_numbers(self, device: int) -> Any:
-        """The numbers of `place_stats` in the order of its fields."""
-        numbers = (ctypes.c_uint64 * PLACE_NUMBERS)()
-        self._done(self._place_stats(device, ctypes.byref(numbers)))
-        return numbers
+        return self._record(PlaceStats, self.rows("statistics", device)[0])
 
     def segments(self, device: int) -> list[SegmentPlace]:
-        """The segments of a device by address, and where their pages lie. RuntimeError as `memory_info`."""
-        from ._records import SegmentStruct
+        """The segments of a device by address, and where their pages lie. RuntimeError as `rows`."""
+        from ._records import SegmentPlace
 
-        return [segment.record() for segment in self._all(self._segments, SegmentStruct, device)]
+        rows = self.rows("segments", device)
+        return [self._record(SegmentPlace, {**row, "pool": (row["pool_first"], row["pool_second"])}) for row in rows]
 
     def place_samples(self, device: int) -> list[PlaceSample]:
         """How what is populated where has changed while the memory history was recorded, oldest first: the newest
-        65,536 changes. RuntimeError as `memory_info`."""
-        from ._records import SampleStruct
+        65,536 changes. RuntimeError as `rows`."""
+        from ._records import PlaceSample
 
-        return [sample.record() for sample in self._all(self._place_samples, SampleStruct, device)]
+        return [self._record(PlaceSample, row) for row in self.rows("place_samples", device)]
 
-    def _all(self, function: Any, kind: Any, device: int) -> list[Any]:
-        """What a function writes that answers how many there are."""
-        room = 0
-        while True:
-            found = (kind * room)()
-            count = self._done(function(device, ctypes.byref(found), room))
-            if count <= room:
-                return list(found[:count])
-            room = count + 64  # others may add some meanwhile
+    def _record(self, kind: type[Record], row: dict[str, Any]) -> Record:
+        """A row as a record. A library that is newer than this package may say more, one that is older less."""
+        fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        missing = [name for name in fields if name not in row]
+        if missing:
+            raise RuntimeError(
+                f"{self.name} does not say {', '.join(missing)}: install it and the Python package in {Path(__file__).parent} "
+                "from the same version of torch-uvm"
+            )
+        return kind(**{name: row[name] for name in fields})
 
     def prefetch(self, ptr: int, count: int, to: int, stream: int) -> None:
         """Moves `count` bytes of a live allocation to a device or, with -1, to the host, in the order of a stream."""
@@ -297,18 +344,6 @@ def keep_plugin(plugin: Plugin) -> None:
     """From now on this is what `running` finds."""
     global _plugin
     _plugin = plugin
-
-
-def size(count: int) -> str:
-    """A number of bytes for people."""
-    if count < 1024:
-        return f"{count} B"
-    value = float(count)
-    for unit in ("KiB", "MiB", "GiB"):
-        value /= 1024
-        if value < 1024:
-            break
-    return f"{value:.2f} {unit}" if value < 100 else f"{value:.0f} {unit}"
 
 
 def _text(value: bytes | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ._library import size as in_words
+from ._format import format_bytes as in_words
 from ._report import memory_info
 
 _pinned = 0

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from ._report import Device, device_index, enabled_library
-
-#: Where memory is placed: the values of `uvm_access_pattern`.
-Placement = Literal["gpu_first", "balanced", "cpu_first", "device"]
+from ._tables import Placement
 
 
 class MemPool(torch.cuda.MemPool):
@@ -180,5 +178,6 @@ def _routed(pool: MemPool, device: int) -> Iterator[None]:
 
 
 def _check_placement(placement: str) -> None:
-    if placement not in get_args(Placement):
-        raise ValueError(f"placement: {placement!r} is not allowed: expected gpu_first, balanced, cpu_first or device")
+    *others, last = get_args(Placement)
+    if placement not in (*others, last):
+        raise ValueError(f"placement: {placement!r} is not allowed: expected {', '.join(others)} or {last}")

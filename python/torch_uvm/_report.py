@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Union
 
 from . import _library
 from ._library import Library
+from ._tables import OPTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -15,19 +16,6 @@ if TYPE_CHECKING:
 #: A device as PyTorch's functions take it; None is the current one.
 Device = Union["torch.device", int, str, None]
 Option = Union[bool, int, float, str, None]
-
-#: Every option, and the type of its value. The allocator's own list is Options::KEYS.
-OPTIONS: dict[str, type] = {
-    "use_uvm": bool,
-    "uvm_oversubscription_ratio": float,
-    "uvm_access_pattern": str,
-    "uvm_prefetch": bool,
-    "uvm_prefetch_threshold_mb": int,
-    "uvm_device_limit_mb": int,
-    "uvm_host_reserve_mb": int,
-    "uvm_stage1_threshold": float,
-    "uvm_stage1_min_bytes": int,
-}
 
 
 def is_enabled() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from . import _report_html as html
-from ._library import size
+from ._format import format_bytes as size
 from ._report_plots import PLACE_COLOURS, PLACE_NAMES, Plots, unit_of
 from ._schema import PLACES
 from ._snapshot import Device, Owner

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import _report_html as html
 from . import _snapshot, _version
-from ._library import size
+from ._format import format_bytes as size
 from ._report_owners import owners_section
 from ._report_plots import PLACE_NAMES, NoPlotly, Plots
 from ._report_segments import by_place_section, segments_section

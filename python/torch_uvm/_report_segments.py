@@ -6,7 +6,7 @@ from html import escape
 
 from . import _report_html as html
 from . import _snapshot
-from ._library import size
+from ._format import format_bytes as size
 from ._report_plots import PLACE_NAMES, STATE_NAMES, Plots, marker, unit_of
 from ._schema import PLACES
 from ._snapshot import Device, Segment

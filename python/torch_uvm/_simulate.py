@@ -20,7 +20,7 @@ from typing import Any
 
 from ._activate import VARIABLES
 from ._dry_run import VARIABLE as REPORTS
-from ._library import size
+from ._format import format_bytes as size
 
 #: The machines that the simulator knows.
 DEVICES = ("h100", "gh200", "gh200-egm", "gb10")

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._library import size as in_words
+from ._format import format_bytes as in_words
 from ._order import BACKWARD, FORWARD, START, Order
 from ._owners import Owners
 from ._plan import MIB, SMALLEST, Choice, Group, Groups, aligned, bytes_needed, choose, group

@@ -2,12 +2,10 @@
 
 use super::ffi;
 use crate::allocator;
-use crate::budget::MemoryInfo;
 use crate::error::{Error, Result};
 use crate::history::{self, Context};
 use crate::ids::MempoolId;
 use crate::options::NativeOptions;
-use crate::segments::{Memory, Place};
 use crate::stats;
 use cxx::SharedPtr;
 use std::sync::Arc;
@@ -94,87 +92,6 @@ pub(super) fn device_stats(from: &stats::DeviceStats, pools: &[(MempoolId, stats
 
 pub(super) fn pool_id(id: MempoolId) -> ffi::PoolId {
     ffi::PoolId { first: id.0, second: id.1 }
-}
-
-pub(super) fn memory_info(from: &MemoryInfo) -> ffi::MemoryInfo {
-    ffi::MemoryInfo {
-        capacity: from.capacity,
-        free: from.free,
-        populated_device: from.populated.device,
-        populated_host: from.populated.host,
-        populated_unplaced: from.populated.unplaced,
-        allocated: from.allocated,
-        reserved: from.reserved,
-        device_limit: from.device_limit,
-        device_total: from.device.total,
-        device_free: from.device.free,
-        host_total: from.host.total,
-        host_available: from.host.available,
-        host_reserve: from.host_reserve,
-    }
-}
-
-pub(super) fn place_stats(from: &stats::PlaceStats) -> ffi::PlaceStats {
-    ffi::PlaceStats {
-        populated_device: from.device.current,
-        populated_device_peak: from.device.peak,
-        populated_host: from.host.current,
-        populated_host_peak: from.host.peak,
-        populated_unplaced: from.unplaced.current,
-        populated_unplaced_peak: from.unplaced.peak,
-        moved_to_device: from.moved_to_device,
-        moved_to_host: from.moved_to_host,
-        discarded: from.discarded,
-        prefetches: from.prefetches,
-        advices: from.advices,
-        discards: from.discards,
-        stage: from.stage,
-        stage_changes: from.stage_changes,
-        light_reclamations: from.light_reclamations,
-        hard_reclamations: from.hard_reclamations,
-        reclaimed: from.reclaimed,
-        moves_out: from.moves_out,
-        moved_out: from.moved_out,
-        regrets: from.regrets,
-    }
-}
-
-/// As `torch_uvm_segment_t` numbers kinds of memory and places.
-pub(super) fn segment_place(from: &allocator::SegmentPlace) -> ffi::SegmentPlace {
-    ffi::SegmentPlace {
-        base: from.base.0,
-        range_bytes: from.range_bytes,
-        filled: from.filled,
-        vacant: from.vacant,
-        discarded_end: from.discarded_end,
-        populated_device: from.device,
-        populated_host: from.host,
-        populated_unplaced: from.unplaced,
-        pool_first: from.pool.0,
-        pool_second: from.pool.1,
-        memory: match from.memory {
-            Memory::Managed => 0,
-            Memory::Device => 1,
-            Memory::Custom(_) => 2,
-        },
-        place: match from.place {
-            Place::Device => 0,
-            Place::Host => 1,
-            Place::Unplaced => 2,
-        },
-        small: from.small,
-        growing: from.growing,
-    }
-}
-
-pub(super) fn place_sample(from: &history::PlaceSample) -> ffi::PlaceSample {
-    ffi::PlaceSample {
-        time: from.time,
-        device: from.populated.device,
-        host: from.populated.host,
-        unplaced: from.populated.unplaced,
-        allocated: from.allocated,
-    }
 }
 
 pub(super) fn recording(from: &ffi::Recording) -> Result<history::Recording> {

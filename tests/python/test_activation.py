@@ -7,9 +7,9 @@ can be tried. The second half runs the plug-in that is installed beside a stock 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +20,8 @@ from typing import Any
 import pytest
 import torch
 from simulated import HERE, UVM, Finished, environment, run_python
+from torch_uvm import _activate, _library, _tables
 from under_test import SOURCE
-
-from torch_uvm import _activate, _library, _report
 
 ROOT = HERE.parent.parent
 PACKAGE = SOURCE / "torch_uvm"
@@ -89,15 +88,22 @@ const char* torch_uvm_options() {
   return "use_uvm:True,uvm_oversubscription_ratio:2.5,uvm_access_pattern:cpu_first,uvm_prefetch:False,"
          "uvm_prefetch_threshold_mb:0,uvm_host_reserve_mb:7,uvm_stage1_threshold:0.1,uvm_stage1_min_bytes:0";
 }
-int torch_uvm_memory_info(int device, torch_uvm_memory_info_t* info) {
+const char* torch_uvm_description() {
+  return R"(DESCRIPTION)";
+}
+int64_t torch_uvm_rows(const char* name, int device, uint64_t* numbers, uint64_t capacity) {
   if (device != 0) {
     error = "device " + std::to_string(device) + " is not there";
     return -1;
   }
-  for (size_t i = 0; i < sizeof(*info) / sizeof(uint64_t); ++i) {
-    reinterpret_cast<uint64_t*>(info)[i] = (uint64_t{1} << 40) + i;
+  const std::string table = name;
+  const uint64_t columns = COLUMNS;
+  const uint64_t rows = table == "segments" ? 3 : table == "place_samples" ? 2 : 1;
+  for (uint64_t i = 0; i < capacity && i < rows * columns; ++i) {
+    const bool is_word = table == "segments" && (i % columns == 8 || i % columns == 9);
+    numbers[i] = is_word ? i / columns : (uint64_t{1} << 40) * (i / columns) + i % columns;
   }
-  return 0;
+  return rows * columns;
 }
 int torch_uvm_prefetch(uint64_t, uint64_t, int, uint64_t) {
   error = "prefetch: nothing is there";
@@ -108,24 +114,6 @@ int torch_uvm_advise(uint64_t, uint64_t, const char*, int) {
 }
 int torch_uvm_discard(uint64_t, uint64_t, uint64_t) {
   return 0;
-}
-int torch_uvm_place_stats(int, torch_uvm_place_stats_t* stats) {
-  for (size_t i = 0; i < sizeof(*stats) / sizeof(uint64_t); ++i) {
-    reinterpret_cast<uint64_t*>(stats)[i] = i;
-  }
-  return 0;
-}
-int64_t torch_uvm_segments(int, torch_uvm_segment_t* segments, uint64_t capacity) {
-  for (uint64_t i = 0; i < capacity && i < 3; ++i) {
-    segments[i] = {i, 2, 3, 4, 5, 6, 7, 8, 9, 10, static_cast<int32_t>(i), static_cast<int32_t>(i), 1, 0};
-  }
-  return 3;
-}
-int64_t torch_uvm_place_samples(int, torch_uvm_place_sample_t* samples, uint64_t capacity) {
-  for (uint64_t i = 0; i < capacity && i < 2; ++i) {
-    samples[i] = {-1, i, 2, 3, 4};
-  }
-  return 2;
 }
 int torch_uvm_set_pool_placement(int, uint64_t, uint64_t, const char*) {
   error = "there is no such pool";
@@ -158,6 +146,25 @@ extern "C" __attribute__((visibility("default"))) const char* fake_applied() {
 """
 
 
+def fake_columns(record: type, words: dict[str, list[str]], *more: str) -> list[dict[str, Any]]:
+    """Columns for the fields of a record, as the library describes them; each is in `memory_stats()` as `some.<name>`."""
+    names = [(field.name, field.type) for field in dataclasses.fields(record)] + [(name, "int") for name in more]
+    return [
+        {"name": name, "type": kind, "words": words.get(name, []), "path": f"some.{name}", "meaning": name}
+        for name, kind in names
+    ]
+
+
+#: What the library that stands in for the plug-in's describes. It has a statistic that this package does not know.
+WORDS = {"place": ["device", "host", "unplaced"], "memory": ["managed", "device", "custom"]}
+TABLES = {
+    "memory_info": fake_columns(_tables.MemoryInfo, {}),
+    "statistics": fake_columns(_tables.PlaceStats, {}, "not_known_here"),
+    "segments": fake_columns(_tables.SegmentPlace, WORDS, "pool_first", "pool_second"),
+    "place_samples": fake_columns(_tables.PlaceSample, {}),
+}
+
+
 @pytest.fixture(scope="session")
 def fakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for the module path: the package with a library for "2.15" and a PyTorch of a few lines."""
@@ -166,7 +173,9 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "torch").mkdir()
     (folder / "torch" / "__init__.py").write_text(FAKE_TORCH)
     source = folder / "fake.cpp"
-    source.write_text(FAKE_LIBRARY)
+    counts = " : ".join(f'table == "{name}" ? {len(columns)}' for name, columns in TABLES.items())
+    described = json.dumps({"tables": TABLES, "options": [], "placements": []})
+    source.write_text(FAKE_LIBRARY.replace("DESCRIPTION", described).replace("COLUMNS", f"{counts} : 0"))
     libraries = folder / "torch_uvm" / "lib"
     libraries.mkdir()
     library = libraries / "libtorch_uvm_215.so"
@@ -377,21 +386,23 @@ def test_settings_at_run_time_where_use_uvm_is_off(fakes: Path) -> None:
 
 
 def test_what_the_library_answers(fakes: Path) -> None:
-    """The options typed, the structure field by field, errors with the library's words."""
+    """The options typed, the tables by name, errors with the library's words."""
     code = """
 import dataclasses, json
 import torch, torch_uvm
-from torch_uvm import _library
+from torch_uvm import _activate, _library
 library = _library.running()
 def tried(call, *arguments):
     try:
         return call(*arguments)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+stats = {"theirs": 7}
+_activate.add_figures(stats, library, 0)
 print(json.dumps({
     "config": torch_uvm.config(), "info": dataclasses.asdict(library.memory_info(0)),
     "no device": tried(library.memory_info, 3), "no pool": tried(library.set_pool_placement, 0, (1, 2), "device"),
-    "stats": dataclasses.asdict(library.place_stats(0)),
+    "stats": dataclasses.asdict(library.place_stats(0)), "memory_stats": stats,
     "segments": [dataclasses.asdict(segment) for segment in library.segments(0)],
     "samples": [dataclasses.asdict(sample) for sample in library.place_samples(0)],
     "hints": [tried(library.prefetch, 1, 2, -1, 0), library.advise(1, 2, "set_read_mostly", 0), library.discard(1, 2, 0)],
@@ -409,55 +420,47 @@ print(json.dumps({
         "uvm_stage1_threshold": 0.1,
         "uvm_stage1_min_bytes": 0,
     }
-    assert list(said["info"].values()) == [(1 << 40) + i for i in range(len(said["info"]))], said
+    names = {table: [column["name"] for column in columns] for table, columns in TABLES.items()}
+    assert said["info"] == {name: at for at, name in enumerate(names["memory_info"])}
     assert said["no device"] == "RuntimeError: device 3 is not there"
     assert said["no pool"] == "RuntimeError: there is no such pool"
-    assert list(said["stats"].values()) == list(range(20)), said
-    same_in_all = {"range_bytes": 2, "filled": 3, "vacant": 4, "discarded_end": 5, "populated_device": 6}
-    same_in_all |= {"populated_host": 7, "populated_unplaced": 8, "pool": [9, 10], "small": True, "growing": False}
-    kinds = zip(("device", "host", "unplaced"), ("managed", "device", "custom"))
-    assert said["segments"] == [
-        {"base": base, "place": place, "memory": memory} | same_in_all for base, (place, memory) in enumerate(kinds)
-    ]
+    statistics = {name: at for at, name in enumerate(names["statistics"])}
+    assert said["memory_stats"].pop("uvm") == {"some": statistics}
+    short = {f"uvm_{name}": statistics[name] for name in ("stage", "light_reclamations", "hard_reclamations")}
+    assert said["memory_stats"] == {"theirs": 7, **short}
+    del statistics["not_known_here"]
+    assert said["stats"] == statistics
+    rows = [{name: (row << 40) + at for at, name in enumerate(names["segments"])} for row in range(3)]
+    for row, (segment, numbers) in enumerate(zip(said["segments"], rows)):
+        flags = {"small": True, "growing": True}
+        pool = [numbers.pop("pool_first"), numbers.pop("pool_second")]
+        assert segment == {**numbers, **{key: words[row] for key, words in WORDS.items()}, **flags, "pool": pool}
+    assert len(said["segments"]) == 3
     assert said["samples"] == [
-        {"time_us": -1, "device": device, "host": 2, "unplaced": 3, "allocated": 4} for device in (0, 1)
+        {name: (row << 40) + at for at, name in enumerate(names["place_samples"])} for row in (0, 1)
     ]
     assert said["hints"] == ["RuntimeError: prefetch: nothing is there", None, None]
+
+
+def test_a_library_that_knows_less(fakes: Path) -> None:
+    """A record that it cannot fill is an error that says what is missing and what to do."""
+    code = """
+import dataclasses
+import torch, torch_uvm
+from torch_uvm import _library
+library = _library.running()
+columns = library.columns("memory_info")
+columns[0] = dataclasses.replace(columns[0], name="ability")
+library.memory_info(0)
+"""
+    ended = run_fake(fakes, code)
+    assert "RuntimeError: libtorch_uvm_215.so does not say capacity: install it and" in ended.err, ended.text
 
 
 def test_wrong_settings_in_the_environment(fakes: Path) -> None:
     """`import torch` works, `config` says what is wrong."""
     ended = run_fake(fakes, "import torch, torch_uvm; torch_uvm.config()", FAKE_BAD_OPTIONS="1")
     assert "ValueError: uvm_prefetch: 'x' is not allowed" in ended.err, ended.text
-
-
-def test_the_python_mirror_of_the_c_interface() -> None:
-    """The interface's number and the structures' fields are those of c_api.h."""
-    from torch_uvm import _records
-
-    header = (ROOT / "cpp" / "torch_uvm" / "c_api.h").read_text()
-    number = re.search(r"#define TORCH_UVM_C_API (\d+)", header)
-    assert number
-    assert _library.C_API == int(number[1])
-
-    def declared(structure: str) -> list[str]:
-        found = re.search(rf"struct torch_uvm_{structure}_t \{{(.*?)\n\}};", header, re.DOTALL)
-        assert found
-        return re.findall(r"^\s*u?int\d\d_t (\w+);", found[1], re.MULTILINE)
-
-    assert list(_records.MemoryInfo.__dataclass_fields__) == declared("memory_info")
-    assert list(_records.PlaceStats.__dataclass_fields__) == declared("place_stats")
-    assert len(declared("place_stats")) == _library.PLACE_NUMBERS
-    assert [name for name, _ in _records.SegmentStruct._fields_] == declared("segment")
-    assert [name for name, _ in _records.SampleStruct._fields_] == declared("place_sample")
-
-
-def test_our_list_of_options_is_the_allocators() -> None:
-    """`config` has every key that the allocator knows."""
-    source = (ROOT / "src" / "options.rs").read_text()
-    keys = re.search(r"pub const KEYS: \[&'static str; \d+\] = \[(.*?)\];", source, re.DOTALL)
-    assert keys
-    assert list(_report.OPTIONS) == re.findall(r'"(\w+)"', keys[1])
 
 
 def installed() -> str | None:

@@ -162,7 +162,7 @@ def test_a_real_snapshot(tmp_path: Path) -> None:
 
 
 def _snapshot_size(count: int) -> str:
-    from torch_uvm._library import size
+    from torch_uvm._format import format_bytes as size
 
     return size(count)
 
