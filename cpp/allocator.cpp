@@ -3,11 +3,9 @@
 #include <torch_uvm/failure.h>
 #include <torch_uvm/observers.h>
 #include <torch_uvm/settings.h>
-#include <torch_uvm/text.h>
+#include <torch_uvm/translate.h>
 
 #include <c10/core/impl/GPUTrace.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/util/Exception.h>
 #include <c10/util/env.h>
@@ -22,35 +20,6 @@ using c10cca::RecordContext;
 
 // Above this native refuses at once; below, sizes can be rounded up without overflow.
 constexpr size_t kOneExbibyte = size_t{1} << 60;
-
-std::uint64_t address(const void* ptr) {
-  return reinterpret_cast<std::uint64_t>(ptr);
-}
-
-void* pointer(std::uint64_t address) {
-  return reinterpret_cast<void*>(address);
-}
-
-std::uint64_t handle(cudaStream_t stream) {
-  return reinterpret_cast<std::uint64_t>(stream);
-}
-
-bridge::PoolId pool_id(MempoolId pool) {
-  return {pool.first, pool.second};
-}
-
-c10::Device cuda(c10::DeviceIndex device) {
-  return c10::Device(c10::kCUDA, device);
-}
-
-c10::DeviceIndex current_device() {
-  c10::DeviceIndex device = 0;
-  // The check itself is a call into c10, which the hot path only makes when there is something to say.
-  if (const auto error = c10::cuda::GetDevice(&device); C10_UNLIKELY(error != cudaSuccess)) {
-    C10_CUDA_CHECK(error);
-  }
-  return device;
-}
 
 cudaStream_t current_stream(c10::DeviceIndex device) {
   const auto stream = c10::cuda::getCurrentCUDAStream(device);
@@ -110,25 +79,6 @@ void uncached_delete(void* ptr) {
   tell_freed(ptr);
   C10_CUDA_CHECK(cudaFree(ptr));
 }
-
-c10::CachingDeviceAllocator::Stat translate(const bridge::Stat& from) {
-  c10::CachingDeviceAllocator::Stat stat;
-  stat.current = from.current;
-  stat.peak = from.peak;
-  stat.allocated = from.allocated;
-  stat.freed = from.freed;
-  return stat;
-}
-
-c10::CachingDeviceAllocator::StatArray translate(const bridge::StatArray& from) {
-  // In the order of c10::CachingDeviceAllocator::StatType.
-  return {translate(from.aggregate), translate(from.small_pool), translate(from.large_pool)};
-}
-
-struct PoolState : c10cca::AllocatorState {
-  explicit PoolState(rust::Box<bridge::Checkpoint> checkpoint) : checkpoint(std::move(checkpoint)) {}
-  rust::Box<bridge::Checkpoint> checkpoint;
-};
 
 } // namespace
 
@@ -336,215 +286,6 @@ void* UvmAllocator::getBaseAllocation(void* ptr, size_t* size) {
     *size = base.bytes;
   }
   return pointer(base.address);
-}
-
-// Statistics and history.
-
-c10::CachingDeviceAllocator::DeviceStats UvmAllocator::getDeviceStats(c10::DeviceIndex device) {
-  bridge::DeviceStats from{};
-  check(bridge::device_stats(device, from));
-  c10::CachingDeviceAllocator::DeviceStats stats;
-  stats.allocation = translate(from.allocation);
-  stats.segment = translate(from.segment);
-  stats.active = translate(from.active);
-  stats.inactive_split = translate(from.inactive_split);
-  stats.allocated_bytes = translate(from.allocated_bytes);
-  stats.reserved_bytes = translate(from.reserved_bytes);
-  stats.active_bytes = translate(from.active_bytes);
-  stats.inactive_split_bytes = translate(from.inactive_split_bytes);
-  stats.requested_bytes = translate(from.requested_bytes);
-  stats.num_alloc_retries = from.num_alloc_retries;
-  stats.num_ooms = from.num_ooms;
-  stats.oversize_allocations = translate(from.oversize_allocations);
-  stats.oversize_segments = translate(from.oversize_segments);
-  stats.num_sync_all_streams = from.num_sync_all_streams;
-  stats.num_device_alloc = from.num_device_alloc;
-  stats.num_device_free = from.num_device_free;
-  stats.max_split_size = static_cast<int64_t>(NativeConfig::max_split_size());
-  add_later_stats(stats, from, [](const bridge::StatArray& array) { return translate(array); });
-  return stats;
-}
-
-void UvmAllocator::resetAccumulatedStats(c10::DeviceIndex device) {
-  check(bridge::reset_accumulated_stats(device));
-}
-
-void UvmAllocator::resetPeakStats(c10::DeviceIndex device) {
-  check(bridge::reset_peak_stats(device));
-}
-
-void UvmAllocator::record_history(const HistoryRequest& request) {
-  TORCH_CHECK(
-      request.when == RecordContext::NEVER || request.recorder != nullptr,
-      "recordHistory: stacks were asked for without a function that gathers them");
-  bridge::Recording recording{};
-  recording.enabled = request.enabled;
-  recording.capacity = request.max_entries;
-  recording.level = static_cast<bridge::RecordContext>(request.when);
-  recording.clear = request.clear;
-  for (const auto& name : request.skip) {
-    recording.skip.push_back(action_named(name));
-  }
-  check(bridge::set_history(recording));
-  stacks_.configure(request);
-  annotations_.configure(request);
-}
-
-bool UvmAllocator::isHistoryEnabled() {
-  return bridge::history_enabled();
-}
-
-void UvmAllocator::recordAnnotation(const std::vector<std::pair<std::string, std::string>>& metadata) {
-  annotations_.add(metadata);
-}
-
-c10cca::SnapshotInfo UvmAllocator::snapshot_of(MempoolId pool, bool with_traces) {
-  bridge::Snapshot snapshot;
-  check(bridge::snapshot(pool_id(pool), with_traces, snapshot));
-  auto info = translate(snapshot);
-  if (with_traces) {
-    info.external_annotations = annotations_.all();
-  }
-  info.config_metadata = config_info();
-
-  const auto to_nanoseconds = clock_.makeConverter();
-  const auto to_microseconds = [&](auto& time) { time.t_ = to_nanoseconds(time.approx_t_) / 1000; };
-  for (auto& trace : info.device_traces) {
-    for (auto& entry : trace) {
-      to_microseconds(entry.time_);
-    }
-  }
-  for (auto& annotation : info.external_annotations) {
-    to_microseconds(annotation.time_);
-  }
-  return info;
-}
-
-void UvmAllocator::push_compile_context(const std::string& name) {
-  if (bridge::history_enabled()) { // the trace is all that it is for
-    check(bridge::push_compile_context(current_device(), bytes_of(name)));
-  }
-}
-
-void UvmAllocator::pop_compile_context() {
-  if (bridge::initialized()) { // one without its push is no error
-    check(bridge::pop_compile_context(current_device()));
-  }
-}
-
-void UvmAllocator::set_user_metadata(const std::string& metadata) {
-  bridge::set_user_metadata(bytes_of(metadata));
-}
-
-std::string UvmAllocator::user_metadata() {
-  return std::string(bridge::user_metadata());
-}
-
-void UvmAllocator::annotate(const void* ptr, const std::string& metadata) {
-  check(bridge::annotate(address(ptr), bytes_of(metadata)));
-}
-
-std::shared_ptr<c10::GatheredContext> UvmAllocator::context_of(const void* ptr) {
-  const auto context = bridge::context_of(address(ptr));
-  return context ? context->gathered : nullptr;
-}
-
-void UvmAllocator::attachOutOfMemoryObserver(c10cca::OutOfMemoryObserver observer) {
-  out_of_memory_observers().attach(std::move(observer));
-}
-
-void UvmAllocator::attachAllocatorTraceTracker(c10cca::AllocatorTraceTracker tracker) {
-  trace_trackers().attach(std::move(tracker));
-  if (bridge::initialized()) { // else init() does it
-    check(bridge::set_tracing(true));
-  }
-}
-
-void UvmAllocator::attach_oom_rejection_observer(RejectionObserver observer) {
-  rejection_observers().attach(std::move(observer));
-}
-
-// Private pools.
-
-void UvmAllocator::begin_allocate_to_pool(
-    c10::DeviceIndex device,
-    MempoolId pool,
-    std::function<bool(cudaStream_t)> filter,
-    CustomAllocator custom) {
-  const auto custom_address = address(custom.get());
-  custom_allocators().keep(device, pool, std::move(custom));
-  // A graph is captured on the stream that is current now.
-  const auto stream = reinterpret_cast<uint64_t>(c10::cuda::getCurrentCUDAStream(device).stream());
-  check(
-      bridge::begin_allocate_to_pool(
-          device, pool_id(pool), std::make_unique<bridge::StreamFilter>(std::move(filter)), stream, custom_address));
-}
-
-void UvmAllocator::endAllocateToPool(c10::DeviceIndex device, MempoolId pool) {
-  check(bridge::end_allocate_to_pool(device, pool_id(pool)));
-}
-
-void UvmAllocator::releasePool(c10::DeviceIndex device, MempoolId pool) {
-  check(bridge::release_pool(device, pool_id(pool)));
-}
-
-void UvmAllocator::ensure_pool(c10::DeviceIndex device, MempoolId pool, CustomAllocator custom) {
-  const auto custom_address = address(custom.get());
-  custom_allocators().keep(device, pool, std::move(custom));
-  check(bridge::ensure_pool(device, pool_id(pool), custom_address));
-}
-
-void UvmAllocator::set_use_on_oom(c10::DeviceIndex device, MempoolId pool, bool on) {
-  check(bridge::set_use_on_oom(device, pool_id(pool), on));
-}
-
-void UvmAllocator::set_no_split(c10::DeviceIndex device, MempoolId pool) {
-  check(bridge::set_no_split(device, pool_id(pool)));
-}
-
-int UvmAllocator::getPoolUseCount(c10::DeviceIndex device, MempoolId pool) {
-  std::int32_t count = 0;
-  check(bridge::pool_use_count(device, pool_id(pool), count));
-  return count;
-}
-
-bool UvmAllocator::checkPoolLiveAllocations(
-    c10::DeviceIndex device,
-    MempoolId pool,
-    const std::unordered_set<void*>& expected_live_allocations) {
-  std::vector<std::uint64_t> expected;
-  expected.reserve(expected_live_allocations.size());
-  for (const void* ptr : expected_live_allocations) {
-    expected.push_back(address(ptr));
-  }
-  bool equal = false;
-  check(bridge::check_pool_live_allocations(device, pool_id(pool), {expected.data(), expected.size()}, equal));
-  return equal;
-}
-
-std::shared_ptr<c10cca::AllocatorState> UvmAllocator::getCheckpointState(c10::DeviceIndex device, MempoolId pool) {
-  auto checkpoint = bridge::checkpoint(device, pool_id(pool));
-  check(checkpoint->valid());
-  return std::make_shared<PoolState>(std::move(checkpoint));
-}
-
-c10cca::CheckpointDelta UvmAllocator::setCheckpointPoolState(
-    c10::DeviceIndex device,
-    std::shared_ptr<c10cca::AllocatorState> state) {
-  const auto pool_state = std::dynamic_pointer_cast<PoolState>(state);
-  TORCH_CHECK(pool_state, "setCheckpointPoolState: this state was not made by the uvm allocator");
-  bridge::Restored restored;
-  check(bridge::restore(device, *pool_state->checkpoint, stacks_.gather(RecordContext::STATE), restored));
-  c10cca::CheckpointDelta delta;
-  delta.ptrs_freed.reserve(restored.freed.size());
-  for (const auto freed : restored.freed) {
-    delta.ptrs_freed.push_back(pointer(freed));
-  }
-  delta.dataptrs_allocd.reserve(restored.created.size());
-  for (const auto created : restored.created) {
-    delta.dataptrs_allocd.emplace_back(pointer(created), pointer(created), &deleter, cuda(device));
-  }
-  return delta;
 }
 
 // Other processes, other devices.

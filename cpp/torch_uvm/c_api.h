@@ -39,7 +39,11 @@ TORCH_UVM_API const char* torch_uvm_description();
 TORCH_UVM_API int64_t torch_uvm_rows(const char* table, int device, uint64_t* numbers, uint64_t capacity);
 // Where what a private pool takes from CUDA from now on is placed: one of the placements. The pool must be there (MemPool
 // makes it on the current device).
-TORCH_UVM_API int torch_uvm_set_pool_placement(int device, uint64_t pool_first, uint64_t pool_second, const char* placement);
+TORCH_UVM_API int torch_uvm_set_pool_placement(
+    int device,
+    uint64_t pool_first,
+    uint64_t pool_second,
+    const char* placement);
 
 // Hints about a range inside one live allocation; its device is the allocation's, and so is the stream (a cudaStream_t).
 // A device is given by its number; -1 is the host. torch_uvm.prefetch and the others say what they do.
