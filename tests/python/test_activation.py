@@ -409,17 +409,17 @@ print(json.dumps({
 }))
 """
     said = printed(run_fake(fakes, code))
-    assert said["config"] == {
+    given = {
         "use_uvm": True,
         "uvm_oversubscription_ratio": 2.5,
         "uvm_access_pattern": "cpu_first",
         "uvm_prefetch": False,
         "uvm_prefetch_threshold_mb": 0,
-        "uvm_device_limit_mb": None,
         "uvm_host_reserve_mb": 7,
         "uvm_stage1_threshold": 0.1,
         "uvm_stage1_min_bytes": 0,
     }
+    assert said["config"] == {**dict.fromkeys(_tables.OPTIONS), **given}, "None: the library does not say"
     names = {table: [column["name"] for column in columns] for table, columns in TABLES.items()}
     assert said["info"] == {name: at for at, name in enumerate(names["memory_info"])}
     assert said["no device"] == "RuntimeError: device 3 is not there"

@@ -43,7 +43,7 @@ def refusal(conf: str, **machine: object) -> str:
         ("uvm_oversubscription_ratio:NaN", "positive"),
         ("uvm_oversubscription_ratio:abc", "positive"),
         ("uvm_oversubscription_ratio:inf", "positive"),
-        ("uvm_access_pattern:sideways", "gpu_first, balanced, cpu_first or device"),
+        ("uvm_access_pattern:sideways", "gpu_first, balanced, cpu_first"),
         ("uvm_prefetch:1", "True or False"),
         ("uvm_prefetch_threshold_mb:-1", "MiB"),
         ("uvm_device_limit_mb:0", "MiB"),

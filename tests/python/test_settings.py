@@ -71,7 +71,7 @@ def test_a_bad_value_at_run_time(others: str) -> None:
     for setting, allowed in (
         ("uvm_oversubscription_ratio:none", "positive"),
         ("uvm_prefetch:1", "True or False"),
-        ("uvm_access_pattern:sideways", "gpu_first, balanced, cpu_first or device"),
+        ("uvm_access_pattern:sideways", "gpu_first, balanced, cpu_first"),
         ("use_uvm:maybe", "True or False"),
     ):
         text = refusal(others + setting)
