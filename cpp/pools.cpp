@@ -5,6 +5,8 @@
 #include <torch_uvm/failure.h>
 #include <torch_uvm/translate.h>
 
+#include <c10/cuda/CUDAStream.h>
+
 namespace torch_uvm {
 
 namespace {

@@ -129,8 +129,9 @@ impl Waits {
         for _ in 0..self.deferred.len() {
             let Some(block) = self.deferred.pop_front() else { break };
             if let Some(uses) = self.uses.get_mut(&block) {
-                // Streams recorded in a capture joined it before it ended: what they did has been replayed in order.
-                uses.retain(|u| !u.captured);
+                // Streams recorded in a capture joined it before it ended: what they did has been replayed in order. Whether it
+                // has ended, they say themselves.
+                uses.retain(|u| !u.captured || captures(driver, u.stream.0, u.stream.1) != Ok(false));
             }
             if !self.freed(driver, block) {
                 done.push(block);

@@ -14,7 +14,21 @@ const LAYERS: &[(&str, &[&str])] = &[
         "the parts of a device",
         &["accounting", "gpu", "heap", "placement", "budget", "pressure", "streams", "thread_cache", "tracer"],
     ),
-    ("data", &["blocks", "free_list", "history", "hooks", "options", "pages", "pools", "segments", "stats"]),
+    (
+        "data",
+        &[
+            "blocks",
+            "free_list",
+            "history",
+            "hooks",
+            "options",
+            "pages",
+            "pools",
+            "segments",
+            "settings_string",
+            "stats",
+        ],
+    ),
     ("names and sizes", &["error", "ids", "place", "sizes"]),
     ("the port to CUDA", &["driver"]),
 ];
@@ -27,8 +41,7 @@ const ONE_TYPE: &[&str] = &["allocator", "heap"];
 
 const LONGEST_FILE: usize = 500;
 /// Longer as yet: each goes from this list when it is split.
-const LONGER_FILES: &[(&str, usize)] =
-    &[("bridge.rs", 725), ("driver/cuda.rs", 583), ("driver/host.rs", 531), ("options.rs", 524)];
+const LONGER_FILES: &[(&str, usize)] = &[("bridge.rs", 725), ("options.rs", 524)];
 const MOST_METHODS: usize = 45;
 
 /// A file of src/.

@@ -276,9 +276,7 @@ impl Profile {
             managed_memory: true,
             concurrent_managed_access: self.concurrent_managed_access,
             discard: self.discard && self.concurrent_managed_access,
-            pageable_memory_access: self.pageable_memory_access,
             host_page_tables: self.host_page_tables,
-            direct_host_access: self.direct_host_access,
             integrated: self.integrated,
             host_numa_node: self.host_numa_node,
         }

@@ -202,7 +202,7 @@ fn reclaim_and_retry(device: &mut DeviceState, request: &Request) -> std::result
         Err(refusal @ (Refusal::Exceeded(_) | Refusal::NoMemory)) => refusal,
         done => return done,
     };
-    if device.capturing() {
+    if device.routes.capturing(&device.gpu).map_err(|error| Refusal::Failed(error.into()))? {
         return lent_block(device, request).ok_or(refusal);
     }
     // What CUDA does not take back is only told where the rest is not enough.

@@ -44,7 +44,7 @@ struct BlockStateAt {
     uses: Vec<StreamOn>,
 }
 
-/// What [`restore`] did. An address may be in both.
+/// What bringing a pool back to a checkpoint did. An address may be in both.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Restored {
     /// Allocations that are no more.

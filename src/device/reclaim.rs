@@ -42,7 +42,7 @@ pub(super) fn release_cached(device: &mut DeviceState, mempool: MempoolId) -> Re
     if mempool != DEFAULT_POOL && freeable.is_empty() {
         return Ok(());
     }
-    if device.capturing() {
+    if device.routes.capturing(&device.gpu)? {
         tracing::debug!(device = device.gpu.index, "cached memory is kept while a graph is captured");
         return Ok(());
     }

@@ -1,6 +1,6 @@
 //! Which pool serves a request: the default one, or that of a graph that is captured or of a MemPool in use.
 
-use crate::driver::Stream;
+use crate::driver::{ErrorKind, Result, Stream};
 use crate::gpu::Gpu;
 use crate::hooks::StreamFilter;
 use crate::ids::PoolId;
@@ -38,15 +38,26 @@ impl Routes {
     /// Whether a CUDA graph is being captured, so that nothing is given back or moved and frees are not waited for. A
     /// MemPool in use is no capture, although PyTorch announces both in the same way: CUDA is asked about the stream.
     /// (PyTorch's own allocator is told from 2.13 on; before, it took a MemPool for a capture.)
+    ///
+    /// # Errors
+    /// The driver's, but for a stream that it knows nothing of, such as one that the program has destroyed: that captures
+    /// nothing.
     #[inline]
-    pub fn capturing(&self, gpu: &Gpu) -> bool {
-        !self.is_empty() && self.any_captures(gpu)
+    pub fn capturing(&self, gpu: &Gpu) -> Result<bool> {
+        if self.is_empty() { Ok(false) } else { self.any_captures(gpu) }
     }
 
     #[cold]
-    fn any_captures(&self, gpu: &Gpu) -> bool {
-        // A stream that CUDA knows nothing of, such as one that the program has destroyed, captures nothing.
-        self.0.iter().any(|route| gpu.captures(route.stream).unwrap_or(false))
+    fn any_captures(&self, gpu: &Gpu) -> Result<bool> {
+        for route in &self.0 {
+            match gpu.captures(route.stream) {
+                Ok(false) => {}
+                Ok(true) => return Ok(true),
+                Err(error) if error.kind == ErrorKind::InvalidValue => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
     }
 
     /// Whether a pool serves somebody.

@@ -109,10 +109,10 @@ impl DeviceState {
         self.accounting.reset_peaks(|id| pools.find(id).is_some());
     }
 
-    /// Whether a CUDA graph is being captured on this device.
+    /// Whether a CUDA graph is being captured on this device; where CUDA does not say, it is assumed.
     #[inline]
     pub(super) fn capturing(&self) -> bool {
-        self.routes.capturing(&self.gpu)
+        self.routes.capturing(&self.gpu).unwrap_or(true)
     }
 
     /// Whose figures the memory of a list belongs to.

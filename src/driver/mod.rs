@@ -123,14 +123,9 @@ pub struct DeviceInfo {
     pub managed_memory: bool,
     /// `CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS`: without it there is no oversubscription and prefetch fails.
     pub concurrent_managed_access: bool,
-    /// `CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS`: the device reaches ordinary host memory.
-    pub pageable_memory_access: bool,
     /// `CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES`: address translation shared with the CPU (ATS):
     /// the hardware-coherent machines (GH200, GB200, GB10).
     pub host_page_tables: bool,
-    /// `CU_DEVICE_ATTRIBUTE_DIRECT_MANAGED_MEM_ACCESS_FROM_HOST`: the CPU reaches device-resident managed memory
-    /// without migrating it.
-    pub direct_host_access: bool,
     /// [`Driver::discard`] works: the driver is one of CUDA 13.0 or newer, and the device has concurrent managed access.
     pub discard: bool,
     /// `CU_DEVICE_ATTRIBUTE_INTEGRATED`: the device shares one physical memory with the CPU (GB10).

@@ -330,3 +330,35 @@ fn one_devices_trouble_does_not_keep_anothers_cache() {
     assert_eq!(reserved, [30 * MIB as i64, 0]);
     world.finish();
 }
+
+#[test]
+fn a_use_in_a_capture_is_over_when_the_capture_is_whatever_cuda_says_of_it() {
+    for code in [Code::INVALID_HANDLE, Code::INVALID_CONTEXT] {
+        let world = World::small();
+        world.begin_pool((0, 1), 0);
+        world.machine.begin_capture(0, world.streams[0], CaptureMode::Global).unwrap();
+        // The other stream joins the capture.
+        let event = world.machine.event_create(0, false).unwrap();
+        world.machine.event_record(0, event, world.streams[0]).unwrap();
+        world.machine.stream_wait_event(0, world.streams[1], event).unwrap();
+        let ptr = world.empty(4096, 0).unwrap();
+        world.allocator.record_stream(ptr, 0, world.streams[1]).unwrap();
+        world.allocator.free(ptr, None).unwrap();
+        let asked = world.machine.calls();
+        world.machine.inject(Fault { call: Some(EntryPoint::CaptureInfo), which: Which::Nth(1), code });
+        world.machine.inject(Fault { call: Some(EntryPoint::StreamIsCapturing), which: Which::Nth(1), code });
+        let next = world.empty(4096, 0).unwrap();
+        assert!(world.machine.faults_hit() > 0, "{asked:?}");
+        world.machine.clear_faults();
+        assert_ne!(next, ptr, "the other stream still uses it in this capture");
+        world.machine.event_record(0, event, world.streams[1]).unwrap();
+        world.machine.stream_wait_event(0, world.streams[0], event).unwrap();
+        let graph = world.machine.end_capture(0, world.streams[0]).unwrap();
+        world.machine.graph_destroy(graph).unwrap();
+        world.machine.event_destroy(0, event).unwrap();
+        world.end_pool((0, 1));
+        world.allocator.free(next, None).unwrap();
+        world.allocator.pools(0).release_pool((0, 1)).unwrap();
+        world.finish();
+    }
+}
