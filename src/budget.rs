@@ -208,6 +208,9 @@ mod tests {
             concurrent_managed_access: true,
             host_page_tables: true,
             discard: false,
+            chunks: true,
+            host_chunks: true,
+            shareable_chunks: true,
             integrated,
             host_numa_node: None,
         }

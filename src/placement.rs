@@ -167,6 +167,9 @@ mod tests {
             concurrent_managed_access: true,
             host_page_tables,
             discard: true,
+            chunks: true,
+            host_chunks: true,
+            shareable_chunks: true,
             integrated: false,
             host_numa_node: Some(1),
         }

@@ -1,10 +1,13 @@
 //! The machine as the allocator's [`Driver`].
 
+use crate::error::{Code, SimError};
+use crate::fault::EntryPoint;
 use crate::machine::Machine;
 use crate::profile::Config;
 use crate::types::CaptureStatus;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use torch_uvm::driver::{
-    Advice, CaptureMode, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, Driver, Event, HostMemory, IpcHandle,
+    Advice, CaptureMode, Chunk, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, Driver, Event, HostMemory, IpcHandle,
     Location, Range, Result, Stream,
 };
 
@@ -32,6 +35,15 @@ impl SimDriver {
     pub fn machine(&self) -> &Machine {
         &self.machine
     }
+}
+
+/// The trait takes no host memory without a node, which cannot be shared.
+fn on_a_node(call: EntryPoint, at: Location) -> Result<Location> {
+    if at == Location::Host {
+        let detail = "chunks of host memory lie on a NUMA node".to_owned();
+        return Err(SimError { code: Code::INVALID_VALUE, call: call.driver_name(), detail }.into());
+    }
+    Ok(at)
 }
 
 impl Driver for SimDriver {
@@ -125,5 +137,46 @@ impl Driver for SimDriver {
 
     fn ipc_handle(&self, device: DeviceIndex, ptr: DevicePtr) -> Result<IpcHandle> {
         Ok(self.machine.ipc_handle(device, ptr)?)
+    }
+
+    fn chunk_granularity(&self, at: Location) -> Result<u64> {
+        Ok(self.machine.chunk_granularity(on_a_node(EntryPoint::ChunkGranularity, at)?)?)
+    }
+
+    fn address_reserve(&self, bytes: u64, alignment: u64) -> Result<DevicePtr> {
+        Ok(self.machine.address_reserve(bytes, alignment)?)
+    }
+
+    fn address_free(&self, range: Range) -> Result<()> {
+        Ok(self.machine.address_free(range)?)
+    }
+
+    fn chunk_create(&self, at: Location, bytes: u64, shareable: bool) -> Result<Chunk> {
+        Ok(self.machine.chunk_create(on_a_node(EntryPoint::ChunkCreate, at)?, bytes, shareable)?)
+    }
+
+    fn chunk_release(&self, chunk: Chunk) -> Result<()> {
+        Ok(self.machine.chunk_release(chunk)?)
+    }
+
+    fn chunk_map(&self, range: Range, chunk: Chunk) -> Result<()> {
+        Ok(self.machine.chunk_map(range, chunk)?)
+    }
+
+    fn chunk_unmap(&self, range: Range) -> Result<()> {
+        Ok(self.machine.chunk_unmap(range)?)
+    }
+
+    fn set_access(&self, range: Range, by: &[Location]) -> Result<()> {
+        let by: Vec<_> = by.iter().map(|&location| (location, true)).collect();
+        Ok(self.machine.set_access(range, &by)?)
+    }
+
+    fn chunk_export(&self, chunk: Chunk) -> Result<OwnedFd> {
+        Ok(self.machine.chunk_export(chunk)?)
+    }
+
+    fn chunk_import(&self, descriptor: BorrowedFd<'_>) -> Result<Chunk> {
+        Ok(self.machine.chunk_import(descriptor)?)
     }
 }

@@ -3,32 +3,32 @@
 //! Device memory lies in a file without a name; a handle says which process's, which of its descriptors, and where. The other
 //! process maps the same bytes. Its machine knows nothing else of this one: memory is shared, books and streams are not.
 //!
-//! There are two kinds of handles: 64 bytes (`cuIpcGetMemHandle`), and a file that holds such 64 bytes, for memory without an
-//! address (`cuMemExportToShareableHandle`).
+//! There are two kinds of handles: 64 bytes (`cuIpcGetMemHandle`), and for chunks (`cuMemExportToShareableHandle`) a socket from
+//! which such 64 bytes can be read, again and again. The exporter has the socket's other end, and so sees whether the last file
+//! descriptor of it, in whatever process, has been closed.
 
 use crate::error::{Code, Fail, SimResult, Step, fail};
 use crate::fault::EntryPoint;
 use crate::machine::Machine;
 use crate::memory;
 use crate::state::{Allocation, Body, Session};
-use crate::types::PhysicalId;
 use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
-use torch_uvm::driver::{DeviceIndex, DevicePtr, IpcHandle};
+use torch_uvm::driver::{Chunk, DeviceIndex, DevicePtr, IpcHandle, Location};
 
-/// Mark an IPC handle of this simulator, and one of memory without an address.
+/// Mark an IPC handle of this simulator, and one of a chunk.
 const MAGIC: u64 = 0x4d49_532d_4d56_5554;
-const PHYSICAL_MAGIC: u64 = 0x5948_502d_4d56_5554;
+const CHUNK_MAGIC: u64 = 0x5948_502d_4d56_5554;
+
+/// In place of a device: host memory.
+const HOST: u64 = u64::MAX;
 
 /// What a handle's eight words say.
 #[derive(Clone, Copy)]
 pub(crate) struct Exported {
     magic: u64,
     process: u32,
-    /// Of an allocation; of memory without an address, the device.
+    /// Of an allocation; of a chunk, its device, or [`HOST`].
     address: u64,
     id: u64,
     bytes: u64,
@@ -38,15 +38,20 @@ pub(crate) struct Exported {
 }
 
 impl Exported {
-    pub fn of_physical(device: DeviceIndex, id: u64, bytes: u64, descriptor: i32, offset: u64) -> Exported {
-        let (magic, process, address) = (PHYSICAL_MAGIC, std::process::id(), device as u64);
+    pub fn of_chunk(at: Location, id: u64, bytes: u64, descriptor: i32, offset: u64) -> Exported {
+        let address = if let Location::Device(device) = at { device as u64 } else { HOST };
+        let (magic, process) = (CHUNK_MAGIC, std::process::id());
         Exported { magic, process, address, id, bytes, rounded: bytes, descriptor, offset }
     }
 
-    /// The device and the number of memory without an address.
-    pub fn physical(&self) -> Step<(DeviceIndex, PhysicalId)> {
-        let device = DeviceIndex::try_from(self.address).ok().filter(|_| self.magic == PHYSICAL_MAGIC);
-        Ok((device.ok_or_else(not_ours)?, PhysicalId(self.id)))
+    /// The place and the number of a chunk.
+    pub fn chunk(&self) -> Step<(Location, Chunk)> {
+        let device = |address: u64| DeviceIndex::try_from(address).map_err(|_| not_ours());
+        match self.address {
+            _ if self.magic != CHUNK_MAGIC => Err(not_ours()),
+            HOST => Ok((Location::HostNuma(0), Chunk(self.id))),
+            address => Ok((Location::Device(device(address)?), Chunk(self.id))),
+        }
     }
 
     /// Whether this process has made it.
@@ -54,26 +59,39 @@ impl Exported {
         self.process == std::process::id()
     }
 
-    /// A file with the handle in it.
-    pub fn into_file(self) -> Step<OwnedFd> {
-        // SAFETY: a plain system call with a C string.
-        let descriptor = unsafe { libc::memfd_create(c"torch-uvm-sim-handle".as_ptr(), libc::MFD_CLOEXEC) };
-        let unsupported = |why| fail(Code::NOT_SUPPORTED, format!("the host gives no file for the handle: {why}"));
-        if descriptor < 0 {
+    /// A file descriptor with the handle in it, and the other end, by which [`is_closed`] tells whether it is still open.
+    pub fn into_descriptor(self) -> Step<(OwnedFd, OwnedFd)> {
+        let unsupported = |why| fail(Code::NOT_SUPPORTED, format!("the host gives no socket for the handle: {why}"));
+        let mut ends = [-1; 2];
+        let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
+        // SAFETY: a plain system call, with room for two descriptors.
+        if unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, ends.as_mut_ptr()) } < 0 {
             return Err(unsupported(std::io::Error::last_os_error()));
         }
-        // SAFETY: the descriptor is new and ours alone.
-        let mut file = unsafe { File::from_raw_fd(descriptor) };
-        file.write_all(&self.pack().0).map_err(unsupported)?;
-        Ok(file.into())
+        // SAFETY: the descriptors are new and ours alone.
+        let [theirs, ours] = ends.map(|end| unsafe { OwnedFd::from_raw_fd(end) });
+        let handle = self.pack().0;
+        // SAFETY: the handle is readable for its length.
+        let sent = unsafe {
+            libc::send(ours.as_raw_fd(), handle.as_ptr().cast(), handle.len(), libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+        };
+        if usize::try_from(sent) != Ok(handle.len()) {
+            return Err(unsupported(std::io::Error::last_os_error()));
+        }
+        Ok((theirs, ours))
     }
 
-    /// The handle in a file of [`Exported::into_file`].
-    pub fn from_file(descriptor: BorrowedFd<'_>) -> Step<Exported> {
-        // SAFETY: the descriptor is borrowed, so it is open; it is not closed here.
-        let file = ManuallyDrop::new(unsafe { File::from_raw_fd(descriptor.as_raw_fd()) });
-        let mut handle = [0; 64];
-        file.read_exact_at(&mut handle, 0).map_err(|_| not_ours())?;
+    /// The handle in a file descriptor of [`Exported::into_descriptor`], which still has it afterwards.
+    pub fn from_descriptor(descriptor: BorrowedFd<'_>) -> Step<Exported> {
+        let mut handle = [0u8; 64];
+        // SAFETY: the buffer is writable for its length.
+        let received = unsafe {
+            let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+            libc::recv(descriptor.as_raw_fd(), handle.as_mut_ptr().cast(), handle.len(), flags)
+        };
+        if usize::try_from(received) != Ok(handle.len()) {
+            return Err(not_ours());
+        }
         Exported::unpack(&IpcHandle(handle)).ok_or_else(not_ours)
     }
 
@@ -110,12 +128,20 @@ impl Exported {
         for (word, slot) in words.iter_mut().zip(handle.0.chunks_exact(8)) {
             *word = u64::from_le_bytes(slot.try_into().ok()?);
         }
-        let [magic @ (MAGIC | PHYSICAL_MAGIC), process, address, id, bytes, rounded, descriptor, offset] = words else {
+        let [magic @ (MAGIC | CHUNK_MAGIC), process, address, id, bytes, rounded, descriptor, offset] = words else {
             return None;
         };
         let (process, descriptor) = (process.try_into().ok()?, descriptor.try_into().ok()?);
         Some(Exported { magic, process, address, id, bytes, rounded, descriptor, offset })
     }
+}
+
+/// Whether the last descriptor of the other end has been closed, in all processes.
+pub(crate) fn is_closed(end: &OwnedFd) -> bool {
+    let mut poll = libc::pollfd { fd: end.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: one descriptor to look at; it does not wait.
+    unsafe { libc::poll(&raw mut poll, 1, 0) };
+    poll.revents & libc::POLLHUP != 0
 }
 
 fn not_ours() -> Fail {

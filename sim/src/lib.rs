@@ -10,6 +10,7 @@
 //! | copies, memsets, host functions | done when the stream gets there (`work`) |
 //! | kernels | do nothing; a test may say what one touches ([`Access`]) |
 //! | capture and graphs | legality as measured on real devices (`capture`) |
+//! | chunks | memory of devices and of the host without an address, mapped where the program wants it (`chunks`) |
 //! | managed memory | where each 2 MiB page is, advice, prefetch, discard, eviction, the books (`managed`, `physical`) |
 //! | time | a clock moved on by the costs of the [`Profile`], not by the host's |
 //! | what happened | counters, and what moved for which cause: [`Machine::report`] |
@@ -34,6 +35,7 @@
 #![warn(missing_docs)]
 
 mod capture;
+mod chunks;
 pub mod driver;
 pub mod error;
 mod event;
@@ -49,7 +51,6 @@ pub mod report;
 mod state;
 mod stream;
 pub mod types;
-mod virtual_memory;
 mod work;
 
 pub use driver::SimDriver;
@@ -60,7 +61,7 @@ pub use machine_streams::Hold;
 pub use profile::{Config, ConfigError, Profile, Schedule, parse_faults, parse_size};
 pub use report::Report;
 pub use torch_uvm::driver::{
-    Advice, CaptureMode, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, Event, HostMemory, IpcHandle, Location,
-    Range, Stream,
+    Advice, CaptureMode, Chunk, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, Event, HostMemory, IpcHandle,
+    Location, Range, Stream,
 };
 pub use types::*;

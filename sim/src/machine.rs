@@ -16,7 +16,7 @@ use crate::work::{Side, Work};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use torch_uvm::driver::{
-    Advice, CaptureMode, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, HostMemory, Location, Range, Stream,
+    Advice, CaptureMode, Chunk, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, HostMemory, Location, Range, Stream,
 };
 
 /// A simulated CUDA machine: devices, host memory, streams. Cheap to clone; clones are the same machine. When the last
@@ -491,8 +491,8 @@ impl Machine {
                 host: s.host_allocations.iter().map(|(&p, h)| (p, h.bytes, h.kind)).collect(),
                 streams: created.map(|(&key, _)| Stream(key)).collect(),
                 events: s.events.keys().map(|&event| torch_uvm::driver::Event(event)).collect(),
-                physical: s.physical_handles.iter().map(|(&id, held)| (PhysicalId(id), held.bytes)).collect(),
-                reservations: s.reservations.iter().map(|(&base, &bytes)| (base, bytes)).collect(),
+                chunks: s.chunks.iter().map(|(&id, chunk)| (Chunk(id), chunk.bytes)).collect(),
+                reservations: s.reservations.iter().map(|(&base, reserved)| (base, reserved.bytes)).collect(),
                 graphs: s.graphs.keys().map(|&graph| GraphId(graph)).collect(),
                 execs: s.execs.keys().map(|&exec| GraphExecId(exec)).collect(),
                 captures: s.captures.len(),
@@ -529,6 +529,7 @@ impl Body {
     fn pointer_kind(self) -> PointerKind {
         match self {
             Body::Managed => PointerKind::Managed,
+            Body::Mapped { host: true, .. } => PointerKind::PinnedHost,
             Body::Device | Body::Mapped { .. } | Body::Imported { .. } => PointerKind::Device,
         }
     }

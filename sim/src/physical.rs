@@ -413,6 +413,11 @@ impl Physical {
         spent
     }
 
+    /// Counts a device's use of `bytes` of a chunk of host memory, and gives the time it takes.
+    pub fn reached_host_chunk(&mut self, bytes: u64, write: bool) -> f64 {
+        self.reached(Place::HOST.bit(), Place::device(0), write, bytes)
+    }
+
     /// Counts a page's zero-filling at a place and gives the time it takes.
     fn filled(&mut self, place: Place, bytes: u64, by_fault: bool) -> f64 {
         let costs = &self.costs;

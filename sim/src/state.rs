@@ -1,6 +1,7 @@
 //! The machine's state, the one lock around it, and the thread that runs host functions.
 
 use crate::capture::{Capture, Exec, Graph};
+use crate::chunks::{ChunkState, Reservation};
 use crate::error::{Code, Fail, SimError, SimResult, Step, fail};
 use crate::event::EventState;
 use crate::fault::{EntryPoint, Faults};
@@ -9,11 +10,10 @@ use crate::physical::Physical;
 use crate::profile::{Config, Costs, GIB, Schedule};
 use crate::stream::{Key, Mark, StreamState};
 use crate::types::{HostFunc, PointerKind};
-use crate::virtual_memory::PhysicalHandle;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak, mpsc};
@@ -41,10 +41,11 @@ pub(crate) fn thread_number() -> u64 {
 pub(crate) enum Body {
     Device,
     Managed,
-    /// Physical memory mapped at a reserved address (`cuMemMap`); usable once access has been given.
+    /// A chunk mapped at a reserved address (`cuMemMap`): whether it is of host memory, and the places that have access.
     Mapped {
-        physical: u64,
-        accessible: bool,
+        chunk: u64,
+        host: bool,
+        access: u32,
     },
     /// Another process's device memory (`cuIpcOpenMemHandle`).
     Imported {
@@ -87,6 +88,8 @@ pub(crate) struct Zones {
     pub device_small: Zone,
     /// Pinned host memory.
     pub pinned: Zone,
+    /// The bytes of chunks of host memory, which are mapped elsewhere.
+    pub host_chunks: Zone,
 }
 
 impl Zones {
@@ -100,6 +103,7 @@ impl Zones {
             device: Zone::shared(crate::managed::PAGE, page, room),
             device_small: Zone::shared(page, page, 4 * GIB),
             pinned: Zone::new(page, page, 64 * GIB),
+            host_chunks: Zone::shared(crate::managed::PAGE, page, room),
         }
     }
 
@@ -116,7 +120,8 @@ impl Zones {
 
     /// The zone that holds an address.
     pub fn holding(&self, address: u64) -> Option<&Zone> {
-        let all = [&self.managed, &self.device, &self.device_small, &self.managed_small, &self.pinned];
+        let all =
+            [&self.managed, &self.device, &self.device_small, &self.managed_small, &self.pinned, &self.host_chunks];
         all.into_iter().find(|zone| zone.contains(address))
     }
 }
@@ -146,9 +151,11 @@ pub(crate) struct State {
     /// Own allocations opened by their IPC handles, and how often.
     pub ipc_opened: FxHashMap<u64, u64>,
     /// Reserved address ranges.
-    pub reservations: BTreeMap<u64, u64>,
+    pub reservations: BTreeMap<u64, Reservation>,
     /// Physical memory of `cuMemCreate`.
-    pub physical_handles: BTreeMap<u64, PhysicalHandle>,
+    pub chunks: BTreeMap<u64, ChunkState>,
+    /// Those of them that only open file descriptors keep.
+    pub lingering: BTreeSet<u64>,
     /// An illegal address was met: nothing works any more.
     pub broken: Option<(Code, String)>,
     pub clock_ns: u64,
@@ -187,7 +194,8 @@ impl State {
             peers: FxHashSet::default(),
             ipc_opened: FxHashMap::default(),
             reservations: BTreeMap::new(),
-            physical_handles: BTreeMap::new(),
+            chunks: BTreeMap::new(),
+            lingering: BTreeSet::new(),
             broken: None,
             clock_ns: 0,
             last_done_ns: 0,
@@ -320,7 +328,7 @@ impl Inner {
         if IN_CALLBACK.get() {
             return Err(named(fail(Code::NOT_PERMITTED, "CUDA may not be called from a host function")));
         }
-        let mut session = Session { inner: self, guard: self.state.lock() };
+        let mut session = self.session();
         if let Some(code) = session.faults.on_call(call) {
             session.count_failure(code);
             return Err(named(fail(code, format!("{} (planted)", code.text()))));
@@ -340,6 +348,14 @@ impl Inner {
         result
     }
 
+    fn session(&self) -> Session<'_> {
+        let mut session = Session { inner: self, guard: self.state.lock() };
+        if !session.lingering.is_empty() {
+            session.drop_closed();
+        }
+        session
+    }
+
     /// Wakes those who wait for a host function or a hold.
     pub fn wake(&self) {
         self.callback_done.notify_all();
@@ -347,7 +363,7 @@ impl Inner {
 
     /// Looks at the state, or changes it, without being a call.
     pub fn peek<T>(&self, body: impl FnOnce(&mut State) -> T) -> T {
-        let mut session = Session { inner: self, guard: self.state.lock() };
+        let mut session = self.session();
         let result = body(&mut session);
         session.finish();
         result

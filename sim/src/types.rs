@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use std::sync::Arc;
-use torch_uvm::driver::{DeviceIndex, DevicePtr, Event, Location, Range, Stream};
+use torch_uvm::driver::{Chunk, DeviceIndex, DevicePtr, Event, Location, Range, Stream};
 
 /// The handle of the legacy default stream (`cudaStreamLegacy`; 0 means it too).
 pub const STREAM_LEGACY: Stream = Stream(1);
@@ -93,10 +93,6 @@ pub struct StreamInfo {
     /// A number no other stream has had.
     pub id: u64,
 }
-
-/// Physical device memory without an address (`CUmemGenericAllocationHandle`).
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct PhysicalId(pub u64);
 
 /// A captured graph. Its number is less than 2^47, like an address.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -306,8 +302,8 @@ pub struct Live {
     pub streams: Vec<Stream>,
     /// Created events.
     pub events: Vec<Event>,
-    /// Physical memory of [`crate::Machine::physical_create`] that is held by a handle or a mapping, with its bytes.
-    pub physical: Vec<(PhysicalId, u64)>,
+    /// Chunks that are held by a handle, a mapping or a file descriptor, with their bytes.
+    pub chunks: Vec<(Chunk, u64)>,
     /// Reserved addresses, with their bytes.
     pub reservations: Vec<(u64, u64)>,
     /// Graphs.

@@ -1,5 +1,6 @@
 //! The operations a stream runs, and what running one does.
 
+use crate::chunks::Use;
 use crate::error::{Code, Step, fail};
 use crate::managed::{Managed, Place};
 use crate::memory;
@@ -72,9 +73,19 @@ impl Work {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Side {
     Device(DeviceIndex),
-    Managed { base: u64 },
+    Managed {
+        base: u64,
+    },
     Pinned,
+    /// Mapped chunks of host memory: the device reaches them over the link, as it does pinned memory.
+    HostChunk,
     Pageable,
+}
+
+impl Side {
+    fn is_host(self) -> bool {
+        matches!(self, Side::Pinned | Side::HostChunk | Side::Pageable)
+    }
 }
 
 /// The bytes from the first row's first to the last row's last.
@@ -88,7 +99,7 @@ impl State {
         let end = address.checked_add(bytes).ok_or(Code::INVALID_VALUE)?;
         if let Some((base, allocation)) = self.allocation_at(address) {
             if let Body::Mapped { .. } = allocation.body {
-                self.check_mapped(address, end)?;
+                self.check_mapped(address, end, None)?;
             } else if end > base + allocation.rounded {
                 return Err(fail(
                     Code::INVALID_VALUE,
@@ -100,6 +111,7 @@ impl State {
             }
             return Ok(match allocation.body {
                 Body::Managed => Side::Managed { base },
+                Body::Mapped { host: true, .. } => Side::HostChunk,
                 Body::Device | Body::Mapped { .. } | Body::Imported { .. } => Side::Device(allocation.device),
             });
         }
@@ -116,6 +128,15 @@ impl State {
         Ok(Side::Pageable)
     }
 
+    /// [`State::side`] for a device that uses it, which mapped memory must allow.
+    fn side_for(&self, by: (DeviceIndex, Use), address: u64, bytes: u64) -> Step<Side> {
+        let side = self.side(address, bytes)?;
+        if self.allocation_at(address).is_some_and(|(_, a)| matches!(a.body, Body::Mapped { .. })) {
+            self.check_mapped(address, address + bytes, Some(by))?;
+        }
+        Ok(side)
+    }
+
     /// [`State::side`] of both ends of a copy: destination, source.
     pub fn sides(&self, dst: u64, src: u64, rows: &Rows) -> Step<(Side, Side)> {
         Ok((self.side(dst, extent(rows, rows.dst_pitch))?, self.side(src, extent(rows, rows.src_pitch))?))
@@ -129,7 +150,7 @@ impl State {
             Work::Copy { dst, src, rows } => self.run_copy(device, dst, &src, &rows),
             Work::Set { dst, value, width, count } => {
                 let bytes = count * u64::from(width);
-                let side = self.side(dst, bytes)?;
+                let side = self.side_for((device, Use::Kernel), dst, bytes)?;
                 let spent = self.access(device, side, dst, bytes, true);
                 // Mapped and imported memory is another file's: its pages are not the zone's to give back.
                 let own = self.allocation_at(dst).is_some_and(|(_, a)| matches!(a.body, Body::Device | Body::Managed));
@@ -143,7 +164,7 @@ impl State {
             Work::Kernel { accesses } => {
                 let mut spent = 2000.0;
                 for Access { range, write } in accesses {
-                    let side = self.side(range.ptr.0, range.bytes)?;
+                    let side = self.side_for((device, Use::Kernel), range.ptr.0, range.bytes)?;
                     spent += self.access(device, side, range.ptr.0, range.bytes, write);
                     spent += time(range.bytes, self.costs().device_write);
                 }
@@ -160,19 +181,25 @@ impl State {
 
     fn run_copy(&mut self, device: DeviceIndex, dst: u64, src: &Source, rows: &Rows) -> Step<f64> {
         let bytes = rows.width * rows.height;
-        let to = self.side(dst, extent(rows, rows.dst_pitch))?;
+        let by = (device, Use::Copy);
+        let to = self.side_for(by, dst, extent(rows, rows.dst_pitch))?;
         let from = match src {
-            Source::Address(src) => self.side(*src, extent(rows, rows.src_pitch))?,
+            Source::Address(src) => self.side_for(by, *src, extent(rows, rows.src_pitch))?,
             Source::Staged(_) => Side::Pinned,
         };
-        let mut spent = self.access(device, to, dst, extent(rows, rows.dst_pitch), true);
-        if let Source::Address(src) = src {
+        // A copy engine reaches host memory by itself: that is the copy.
+        let mut spent = 0.0;
+        if !to.is_host() {
+            spent += self.access(device, to, dst, extent(rows, rows.dst_pitch), true);
+        }
+        if let Source::Address(src) = src
+            && !from.is_host()
+        {
             spent += self.access(device, from, *src, extent(rows, rows.src_pitch), false);
         }
         let costs = &self.config.profile.costs;
         let (counters, copies) = (&mut self.physical.counters, &mut self.physical.traffic.copies);
-        let on_host = |side: Side| matches!(side, Side::Pinned | Side::Pageable);
-        let (speed, counter) = match (on_host(to), on_host(from)) {
+        let (speed, counter) = match (to.is_host(), from.is_host()) {
             (false, true) => (costs.copy_h2d, Some((&mut counters.bytes_h2d, &mut copies.bytes_h2d))),
             (true, false) => (costs.copy_d2h, Some((&mut counters.bytes_d2h, &mut copies.bytes_d2h))),
             (true, true) => (10.0, None),
@@ -206,8 +233,11 @@ impl State {
         Ok(spent + took)
     }
 
-    /// A device uses memory: only managed memory cares.
+    /// A device uses memory: managed memory may move, chunks of host memory are reached over the link.
     fn access(&mut self, device: DeviceIndex, side: Side, address: u64, bytes: u64, write: bool) -> f64 {
+        if side == Side::HostChunk {
+            return self.physical.reached_host_chunk(bytes, write);
+        }
         let Side::Managed { base } = side else { return 0.0 };
         if bytes == 0 {
             return 0.0;

@@ -3,15 +3,15 @@
 use std::os::fd::AsFd;
 use torch_uvm::driver::{Advice, CaptureMode, Driver, Event, Location, Range, Stream};
 use torch_uvm_sim::{
-    Code, Config, CopyKind, DevicePtr, EntryPoint, Fault, GraphExecId, GraphId, IpcHandle, Machine, PhysicalId,
-    SimDriver, SimResult, Which,
+    Chunk, Code, Config, CopyKind, DevicePtr, EntryPoint, Fault, GraphExecId, GraphId, IpcHandle, Machine, SimDriver,
+    SimResult, Which,
 };
 
 /// Calls an entry point. A planted fault strikes before the arguments are looked at, so any will do.
 fn call(machine: &Machine, entry_point: EntryPoint) -> SimResult<()> {
     let (ptr, stream, event) = (DevicePtr(0), Stream(0), Event(0));
     let range = Range { ptr, bytes: 0 };
-    let (graph, exec, physical) = (GraphId(0), GraphExecId(0), PhysicalId(0));
+    let (graph, exec, chunk) = (GraphId(0), GraphExecId(0), Chunk(0));
     match entry_point {
         EntryPoint::DeviceCount => machine.device_count().map(drop),
         EntryPoint::DeviceInfo => machine.device_info(0).map(drop),
@@ -65,17 +65,19 @@ fn call(machine: &Machine, entry_point: EntryPoint) -> SimResult<()> {
         EntryPoint::IpcHandle => machine.ipc_handle(0, ptr).map(drop),
         EntryPoint::IpcOpen => machine.ipc_open(0, &IpcHandle([0; 64])).map(drop),
         EntryPoint::IpcClose => machine.ipc_close(0, ptr),
+        EntryPoint::ChunkGranularity => machine.chunk_granularity(Location::Host).map(drop),
         EntryPoint::AddressReserve => machine.address_reserve(0, 0).map(drop),
-        EntryPoint::AddressFree => machine.address_free(0, 0),
-        EntryPoint::PhysicalCreate => machine.physical_create(0, 0, false).map(drop),
-        EntryPoint::PhysicalRelease => machine.physical_release(physical),
-        EntryPoint::PhysicalRetain => machine.physical_retain(0).map(drop),
-        EntryPoint::PhysicalInfo => machine.physical_info(physical).map(drop),
-        EntryPoint::PhysicalExport => machine.physical_export(physical).map(drop),
-        EntryPoint::PhysicalImport => machine.physical_import(std::io::stdin().as_fd()).map(drop),
-        EntryPoint::Map => machine.map(0, 0, physical),
-        EntryPoint::Unmap => machine.unmap(0, 0),
-        EntryPoint::SetAccess => machine.set_access(0, 0, 0, true),
+        EntryPoint::AddressFree => machine.address_free(range),
+        EntryPoint::ChunkCreate => machine.chunk_create(Location::Host, 0, false).map(drop),
+        EntryPoint::ChunkRelease => machine.chunk_release(chunk),
+        EntryPoint::ChunkRetain => machine.chunk_retain(0).map(drop),
+        EntryPoint::ChunkInfo => machine.chunk_info(chunk).map(drop),
+        EntryPoint::ChunkExport => machine.chunk_export(chunk).map(drop),
+        EntryPoint::ChunkImport => machine.chunk_import(std::io::stdin().as_fd()).map(drop),
+        EntryPoint::ChunkMap => machine.chunk_map(range, chunk),
+        EntryPoint::ChunkUnmap => machine.chunk_unmap(range),
+        EntryPoint::SetAccess => machine.set_access(range, &[]),
+        EntryPoint::GetAccess => machine.has_access(0, Location::Host).map(drop),
         EntryPoint::CanAccessPeer => machine.can_access_peer(0, 0).map(drop),
         EntryPoint::EnablePeer => machine.enable_peer(0, 0),
         EntryPoint::DisablePeer => machine.disable_peer(0, 0),
@@ -127,6 +129,16 @@ const METHODS: &[Method] = &[
     ("event_destroy", |d| d.event_destroy(0, Event(0))),
     ("exchange_capture_mode", |d| d.exchange_capture_mode(CaptureMode::Global).map(drop)),
     ("ipc_handle", |d| d.ipc_handle(0, DevicePtr(0)).map(drop)),
+    ("chunk_granularity", |d| d.chunk_granularity(Location::Device(0)).map(drop)),
+    ("address_reserve", |d| d.address_reserve(0, 0).map(drop)),
+    ("address_free", |d| d.address_free(EMPTY)),
+    ("chunk_create", |d| d.chunk_create(Location::Device(0), 0, false).map(drop)),
+    ("chunk_release", |d| d.chunk_release(Chunk(0))),
+    ("chunk_map", |d| d.chunk_map(EMPTY, Chunk(0))),
+    ("chunk_unmap", |d| d.chunk_unmap(EMPTY)),
+    ("set_access", |d| d.set_access(EMPTY, &[])),
+    ("chunk_export", |d| d.chunk_export(Chunk(0)).map(drop)),
+    ("chunk_import", |d| d.chunk_import(std::io::stdin().as_fd()).map(drop)),
 ];
 
 #[test]

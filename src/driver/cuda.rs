@@ -8,28 +8,24 @@
 //! exit handlers.
 
 mod api;
+mod calls;
+mod chunks;
 
 use std::ffi::{CStr, c_int, c_uint};
 use std::sync::OnceLock;
 
 use cudarc::driver::sys::{
-    CUcontext, CUdevice, CUdevice_attribute as Attribute, CUevent, CUevent_flags, CUipcMemHandle, CUmem_advise,
-    CUmemAttach_flags, CUmemLocation, CUmemLocationType, CUresult, CUstream, CUstream_flags, CUstreamCaptureMode,
-    CUstreamCaptureStatus,
+    CUcontext, CUdevice, CUdevice_attribute as Attribute, CUmemLocation, CUmemLocationType, CUresult,
 };
 use parking_lot::Mutex;
 
 use self::api::Api;
-use super::host::HostMemoryFiles;
-use super::{
-    Advice, CaptureMode, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, Driver, DriverError, ErrorKind, Event,
-    HostMemory, IpcHandle, Location, Range, Result, Stream,
-};
+use super::{DeviceIndex, DeviceInfo, DriverError, ErrorKind, Location, Result};
 
 /// "CU_DEVICE_CPU: Device that represents the CPU", for the calls that take a device number.
 const CU_DEVICE_CPU: CUdevice = -1;
 
-/// The first driver with `cuMemAdvise_v2` and `cuMemPrefetchAsync_v2`, as `cuDriverGetVersion` counts.
+/// The first driver with `cuMemAdvise_v2`, `cuMemPrefetchAsync_v2` and chunks on NUMA nodes of the host, as `cuDriverGetVersion` counts.
 const CUDA_12_2: c_int = 12020;
 
 /// The first driver with `cuMemDiscardBatchAsync`.
@@ -42,7 +38,7 @@ macro_rules! call {
     };
 }
 
-mod calls;
+use call;
 
 /// The CUDA driver API.
 pub struct CudaDriver {
@@ -58,12 +54,22 @@ pub struct CudaDriver {
 struct Devices {
     /// Whether the calls that take a location are there.
     has_locations: bool,
+    /// Whether a device reaches chunks of host memory.
+    has_host_chunks: bool,
     list: Vec<Device>,
+}
+
+/// What only newer drivers have.
+struct Newer {
+    discard: bool,
+    host_chunks: bool,
 }
 
 struct Device {
     handle: CUdevice,
     info: DeviceInfo,
+    /// Whether chunks can be made for GPUDirect RDMA.
+    rdma_chunks: bool,
     /// The NUMA node that is this GPU's memory, where the operating system sees it as one (GH200 in NUMA mode).
     memory_numa_node: Option<i32>,
     /// The address of the primary context, retained at first use. A number, because a pointer is not `Sync`.
@@ -125,7 +131,7 @@ impl CudaDriver {
         match unsafe { (self.api.cuInit)(0) } {
             // A machine with a driver and no GPU, or CUDA_VISIBLE_DEVICES empty: no devices is no failure.
             code if code == CUresult::CUDA_ERROR_NO_DEVICE as c_uint => {
-                return Ok(Devices { has_locations, list: Vec::new() });
+                return Ok(Devices { has_locations, has_host_chunks: false, list: Vec::new() });
             }
             code => self.api.check("cuInit", code)?,
         }
@@ -133,11 +139,13 @@ impl CudaDriver {
         // SAFETY: `count` is writable.
         unsafe { call!(self.api, cuDeviceGetCount(&raw mut count)) }?;
         let has_discard = version >= CUDA_13_0 && self.api.cuMemDiscardBatchAsync.is_some();
-        let list = (0..count).map(|ordinal| self.find_device(ordinal, has_discard)).collect::<Result<_>>()?;
-        Ok(Devices { has_locations, list })
+        let has = Newer { discard: has_discard, host_chunks: version >= CUDA_12_2 };
+        let list = (0..count).map(|ordinal| self.find_device(ordinal, &has)).collect::<Result<Vec<_>>>()?;
+        let has_host_chunks = list.iter().any(|device| device.info.host_chunks);
+        Ok(Devices { has_locations, has_host_chunks, list })
     }
 
-    fn find_device(&self, ordinal: DeviceIndex, has_discard: bool) -> Result<Device> {
+    fn find_device(&self, ordinal: DeviceIndex, has: &Newer) -> Result<Device> {
         let mut handle = 0;
         // SAFETY: `handle` is writable.
         unsafe { call!(self.api, cuDeviceGet(&raw mut handle, ordinal)) }?;
@@ -164,6 +172,7 @@ impl CudaDriver {
         };
         // A driver older than the attribute answers CUDA_ERROR_INVALID_VALUE: then there is no such thing.
         let newer_attribute = |id| attribute(id).ok();
+        let flag = |id| newer_attribute(id).is_some_and(|value| value != 0);
 
         // "CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID: NUMA ID of the host node closest to the device. Returns -1 when system
         // does not support NUMA."
@@ -185,11 +194,16 @@ impl CudaDriver {
                 != 0,
             // "All devices in the system must have a non-zero value for the device attribute
             // CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS otherwise the API will return an error."
-            discard: has_discard && concurrent_managed_access,
+            discard: has.discard && concurrent_managed_access,
+            chunks: flag(Attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED),
+            host_chunks: has.host_chunks
+                && flag(Attribute::CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED),
+            shareable_chunks: flag(Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED),
             integrated: attribute(Attribute::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0,
             host_numa_node,
         };
-        Ok(Device { handle, info, memory_numa_node, context: OnceLock::new() })
+        let rdma_chunks = flag(Attribute::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED);
+        Ok(Device { handle, info, rdma_chunks, memory_numa_node, context: OnceLock::new() })
     }
 
     /// The device with this ordinal. Checked here and not left to CUDA: in the older calls -1 means the CPU.
@@ -288,30 +302,6 @@ impl Drop for ContextGuard<'_> {
     }
 }
 
-fn cu_stream(stream: Stream) -> CUstream {
-    stream.0 as CUstream
-}
-
-fn cu_event(event: Event) -> CUevent {
-    event.0 as CUevent
-}
-
-fn capture_mode_to_cuda(mode: CaptureMode) -> c_uint {
-    (match mode {
-        CaptureMode::Global => CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL,
-        CaptureMode::ThreadLocal => CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
-        CaptureMode::Relaxed => CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED,
-    }) as c_uint
-}
-
-/// The strictest mode stands for one that a newer driver might invent: it forbids most.
-fn capture_mode_from_cuda(mode: c_uint) -> CaptureMode {
-    [CaptureMode::ThreadLocal, CaptureMode::Relaxed]
-        .into_iter()
-        .find(|&known| capture_mode_to_cuda(known) == mode)
-        .unwrap_or(CaptureMode::Global)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -326,13 +316,5 @@ mod tests {
                 assert!(error.to_string().contains("libcuda.so.1"), "{error}");
             }
         }
-    }
-
-    #[test]
-    fn capture_modes_survive_the_way_to_cuda_and_back() {
-        for mode in [CaptureMode::Global, CaptureMode::ThreadLocal, CaptureMode::Relaxed] {
-            assert_eq!(capture_mode_from_cuda(capture_mode_to_cuda(mode)), mode);
-        }
-        assert_eq!(capture_mode_from_cuda(77), CaptureMode::Global);
     }
 }

@@ -12,6 +12,7 @@ pub mod cuda;
 pub mod host;
 
 use std::fmt;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 /// A device ordinal as PyTorch counts them (after `CUDA_VISIBLE_DEVICES`).
 pub type DeviceIndex = i32;
@@ -43,7 +44,12 @@ pub struct Stream(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Event(pub u64);
 
-/// An address range of managed memory: `[ptr, ptr + bytes)`.
+/// Physical memory without an address (`CUmemGenericAllocationHandle`), made by [`Driver::chunk_create`] or
+/// [`Driver::chunk_import`]. Owned by whoever has it; no `Drop`, because releasing it is a CUDA call that may fail.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Chunk(pub u64);
+
+/// An address range: `[ptr, ptr + bytes)`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Range {
     /// First byte.
@@ -128,10 +134,25 @@ pub struct DeviceInfo {
     pub host_page_tables: bool,
     /// [`Driver::discard`] works: the driver is one of CUDA 13.0 or newer, and the device has concurrent managed access.
     pub discard: bool,
+    /// `CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED` (102): the device has chunks ([`Driver::chunk_create`]).
+    pub chunks: bool,
+    /// `CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED` (141): the device reaches chunks of host memory.
+    pub host_chunks: bool,
+    /// `CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED` (103): chunks can be exported.
+    pub shareable_chunks: bool,
     /// `CU_DEVICE_ATTRIBUTE_INTEGRATED`: the device shares one physical memory with the CPU (GB10).
     pub integrated: bool,
     /// `CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID`: the NUMA node closest to the device; `None` where the driver gives none (-1).
     pub host_numa_node: Option<i32>,
+}
+
+impl DeviceInfo {
+    /// Where chunks of the host's memory that this device reaches lie; `None` without [`DeviceInfo::host_chunks`]. "On systems
+    /// where NUMA is not available ::CUmemAllocationProp::CUmemLocation::id must be set to 0" (`cuMemCreate`).
+    #[must_use]
+    pub fn host_chunk_location(&self) -> Option<Location> {
+        self.host_chunks.then(|| Location::HostNuma(self.host_numa_node.unwrap_or(0)))
+    }
 }
 
 /// Bytes of device memory as the driver counts them (`cuMemGetInfo`), all processes together.
@@ -318,4 +339,58 @@ pub trait Driver: Send + Sync + 'static {
     /// another the handle is that of the whole allocation all the same. Managed memory is
     /// [`ErrorKind::InvalidValue`] (CUDA gives none). While capturing: always.
     fn ipc_handle(&self, device: DeviceIndex, ptr: DevicePtr) -> Result<IpcHandle>;
+
+    /// What the sizes and addresses of chunks at a location are multiples of (`cuMemGetAllocationGranularity`, the minimum):
+    /// 2 MiB wherever it was asked. The location as in [`Driver::chunk_create`]. While capturing: always.
+    fn chunk_granularity(&self, at: Location) -> Result<u64>;
+
+    /// Reserves addresses (`cuMemAddressReserve`), which hold no memory and cannot be touched. `bytes` (> 0) is a multiple of the
+    /// chunks' granularity; `alignment` is 0, for the driver's own, or a power of two. Does not wait. While capturing: always.
+    fn address_reserve(&self, bytes: u64, alignment: u64) -> Result<DevicePtr>;
+
+    /// Gives a reservation back (`cuMemAddressFree`), whole: "The size must match what was given to memAddressReserve and the ptr
+    /// given must match what was returned". Nothing may be mapped in it. While capturing: always.
+    fn address_free(&self, range: Range) -> Result<()>;
+
+    /// Takes physical memory (`cuMemCreate`): of a device ([`DeviceInfo::chunks`]), or pinned memory of a NUMA node of the host
+    /// ([`DeviceInfo::host_chunk_location`]). [`Location::Host`] is [`ErrorKind::InvalidValue`]: "HOST allocations are not IPC
+    /// capable". `bytes` (> 0) is a multiple of the granularity. Only what is created `shareable`
+    /// ([`DeviceInfo::shareable_chunks`]) can be exported. What it holds at first is indeterminate. Does not wait for the device;
+    /// the driver zeroes host memory on the calling thread, at 6 GB/s. While capturing: always.
+    ///
+    /// A chunk's memory is given back "when all outstanding mappings to the memory are unmapped and when all outstanding
+    /// references to the handle (including it's shareable counterparts) are also released" (`cuMemRelease`): while it is held,
+    /// mapped, imported by another process, or a file descriptor of it is open.
+    fn chunk_create(&self, at: Location, bytes: u64, shareable: bool) -> Result<Chunk>;
+
+    /// Lets a chunk go (`cuMemRelease`), once for each time it was created or imported; it may still be mapped. "If \p handle is
+    /// not a valid handle the behavior is undefined": the caller must hold it. Does not wait. While capturing: always.
+    fn chunk_release(&self, chunk: Chunk) -> Result<()>;
+
+    /// Puts a chunk at reserved addresses at which nothing is mapped (`cuMemMap`): the range is as long as the chunk, and begins
+    /// at a multiple of the granularity. A chunk may be mapped more than once. "calling ::cuMemMap does not make the address
+    /// accessible". Does not wait. While capturing: always.
+    fn chunk_map(&self, range: Range, chunk: Chunk) -> Result<()>;
+
+    /// Takes chunks from their addresses (`cuMemUnmap`), which stay reserved. "The range must be the entire contiguous address
+    /// range that was mapped to": one whole mapping, or several that lie side by side. Does not wait, and does not check for
+    /// work that uses the range: a kernel or copy that touches it afterwards ends the context (`CUDA_ERROR_ILLEGAL_ADDRESS`).
+    /// While capturing: always; what a graph uses must stay mapped when it is launched.
+    fn chunk_unmap(&self, range: Range) -> Result<()>;
+
+    /// Lets processors read and write a range (`cuMemSetAccess`) which one or several whole mappings fill without a gap. Who had
+    /// access keeps it; a new mapping has none, whatever was there before. [`Location::Host`] and [`Location::HostNuma`] are the
+    /// CPU, of which only chunks of host memory can be reached: "Users cannot specify ::CU_MEM_LOCATION_TYPE_HOST_NUMA
+    /// accessibility for allocations created on with other location types". Copies by the copy engines need the access of the
+    /// device that makes them. Does not wait. While capturing: always.
+    fn set_access(&self, range: Range, by: &[Location]) -> Result<()>;
+
+    /// A file descriptor by which other processes import a chunk that was created shareable (`cuMemExportToShareableHandle`).
+    /// While it is open, in whatever process, it keeps the chunk's memory. While capturing: always.
+    fn chunk_export(&self, chunk: Chunk) -> Result<OwnedFd>;
+
+    /// The chunk of a file descriptor (`cuMemImportFromShareableHandle`), which stays the caller's and may be closed then. To be
+    /// released once for each import; what it has in its owner's process, access above all, it does not have here. While
+    /// capturing: always.
+    fn chunk_import(&self, descriptor: BorrowedFd<'_>) -> Result<Chunk>;
 }

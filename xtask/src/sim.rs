@@ -32,6 +32,8 @@ pub enum Device {
     Gh200,
     Gh200Egm,
     Gb10,
+    H100NoHostChunks,
+    Rtx4090Wsl,
 }
 
 /// Which machine is simulated.

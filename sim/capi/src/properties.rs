@@ -345,6 +345,7 @@ pub fn attribute(chip: &Chip, number: c_int) -> Option<c_int> {
         132 => 0,                                            // MULTICAST_SUPPORTED
         133 => 0,                                            // MpsEnabled
         134 => chip.profile.host_numa_node.unwrap_or(-1),    // HostNumaId
+        141 | 145 => flag(chip.profile.host_chunks),         // HOST_NUMA, HOST_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
         44 | 92..=94 | 104 | 105 | 107 | 110 | 112 | 121..=124 | 127 | 128 | 135..=150 => 0,
         _ => return None,
     })

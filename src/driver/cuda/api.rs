@@ -6,12 +6,12 @@
 //! files where the toolkit's stub or a simulated device is on the path. And its functions return an enum, so that a
 //! `CUresult` which a newer driver invented would be undefined behaviour; here it is a number.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::mem::ManuallyDrop;
 
 use cudarc::driver::sys::{
-    CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUipcMemHandle, CUmem_advise, CUmemLocation,
-    CUresult, CUstream,
+    CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUipcMemHandle, CUmem_advise, CUmemAccessDesc,
+    CUmemAllocationProp, CUmemGenericAllocationHandle, CUmemLocation, CUresult, CUstream,
 };
 use libloading::Library;
 
@@ -83,6 +83,20 @@ entry_points! {
         cuMemAlloc = "cuMemAlloc_v2"(*mut CUdeviceptr, usize);
         cuMemFree = "cuMemFree_v2"(CUdeviceptr);
         cuIpcGetMemHandle = "cuIpcGetMemHandle"(*mut CUipcMemHandle, CUdeviceptr);
+        cuMemGetAllocationGranularity =
+            "cuMemGetAllocationGranularity"(*mut usize, *const CUmemAllocationProp, c_uint);
+        cuMemAddressReserve = "cuMemAddressReserve"(*mut CUdeviceptr, usize, usize, CUdeviceptr, c_ulonglong);
+        cuMemAddressFree = "cuMemAddressFree"(CUdeviceptr, usize);
+        cuMemCreate =
+            "cuMemCreate"(*mut CUmemGenericAllocationHandle, usize, *const CUmemAllocationProp, c_ulonglong);
+        cuMemRelease = "cuMemRelease"(CUmemGenericAllocationHandle);
+        cuMemMap = "cuMemMap"(CUdeviceptr, usize, usize, CUmemGenericAllocationHandle, c_ulonglong);
+        cuMemUnmap = "cuMemUnmap"(CUdeviceptr, usize);
+        cuMemSetAccess = "cuMemSetAccess"(CUdeviceptr, usize, *const CUmemAccessDesc, usize);
+        cuMemExportToShareableHandle =
+            "cuMemExportToShareableHandle"(*mut c_void, CUmemGenericAllocationHandle, c_uint, c_ulonglong);
+        cuMemImportFromShareableHandle =
+            "cuMemImportFromShareableHandle"(*mut CUmemGenericAllocationHandle, *mut c_void, c_uint);
         cuStreamCreate = "cuStreamCreate"(*mut CUstream, c_uint);
         cuStreamDestroy = "cuStreamDestroy_v2"(CUstream);
         cuStreamSynchronize = "cuStreamSynchronize"(CUstream);

@@ -1,6 +1,43 @@
-//! The driver's calls, one after the other.
+//! [`Driver`] by the calls of the CUDA driver API, each with what the manual says of it.
 
-use super::*;
+use std::ffi::c_uint;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use cudarc::driver::sys::{
+    CUevent, CUevent_flags, CUipcMemHandle, CUmem_advise, CUmemAttach_flags, CUresult, CUstream, CUstream_flags,
+    CUstreamCaptureMode, CUstreamCaptureStatus,
+};
+
+use super::{CudaDriver, call};
+use crate::driver::host::HostMemoryFiles;
+use crate::driver::{
+    Advice, CaptureMode, Chunk, DeviceIndex, DeviceInfo, DeviceMemory, DevicePtr, Driver, DriverError, ErrorKind,
+    Event, HostMemory, IpcHandle, Location, Range, Result, Stream,
+};
+
+fn cu_stream(stream: Stream) -> CUstream {
+    stream.0 as CUstream
+}
+
+fn cu_event(event: Event) -> CUevent {
+    event.0 as CUevent
+}
+
+fn capture_mode_to_cuda(mode: CaptureMode) -> c_uint {
+    (match mode {
+        CaptureMode::Global => CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL,
+        CaptureMode::ThreadLocal => CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
+        CaptureMode::Relaxed => CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED,
+    }) as c_uint
+}
+
+/// The strictest mode stands for one that a newer driver might invent: it forbids most.
+fn capture_mode_from_cuda(mode: c_uint) -> CaptureMode {
+    [CaptureMode::ThreadLocal, CaptureMode::Relaxed]
+        .into_iter()
+        .find(|&known| capture_mode_to_cuda(known) == mode)
+        .unwrap_or(CaptureMode::Global)
+}
 
 impl Driver for CudaDriver {
     fn device_count(&self) -> Result<DeviceIndex> {
@@ -234,6 +271,46 @@ impl Driver for CudaDriver {
         unsafe { call!(self.api, cuIpcGetMemHandle(&raw mut handle, ptr.0)) }?;
         Ok(IpcHandle(handle.reserved.map(|byte| byte as u8)))
     }
+
+    fn chunk_granularity(&self, at: Location) -> Result<u64> {
+        self.granularity_of(at)
+    }
+
+    fn address_reserve(&self, bytes: u64, alignment: u64) -> Result<DevicePtr> {
+        self.reserve(bytes, alignment)
+    }
+
+    fn address_free(&self, range: Range) -> Result<()> {
+        self.free_reservation(range)
+    }
+
+    fn chunk_create(&self, at: Location, bytes: u64, shareable: bool) -> Result<Chunk> {
+        self.create(at, bytes, shareable)
+    }
+
+    fn chunk_release(&self, chunk: Chunk) -> Result<()> {
+        self.release(chunk)
+    }
+
+    fn chunk_map(&self, range: Range, chunk: Chunk) -> Result<()> {
+        self.map(range, chunk)
+    }
+
+    fn chunk_unmap(&self, range: Range) -> Result<()> {
+        self.unmap(range)
+    }
+
+    fn set_access(&self, range: Range, by: &[Location]) -> Result<()> {
+        self.give_access(range, by)
+    }
+
+    fn chunk_export(&self, chunk: Chunk) -> Result<OwnedFd> {
+        self.export(chunk)
+    }
+
+    fn chunk_import(&self, descriptor: BorrowedFd<'_>) -> Result<Chunk> {
+        self.import(descriptor)
+    }
 }
 
 /// A driver library with neither form of a managed-memory call.
@@ -244,5 +321,18 @@ fn no_managed_calls(call: &'static str) -> DriverError {
         code: -1,
         name: "driver unavailable".to_owned(),
         message: format!("the NVIDIA driver library has neither {call} nor {call}_v2"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capture_modes_survive_the_way_to_cuda_and_back() {
+        for mode in [CaptureMode::Global, CaptureMode::ThreadLocal, CaptureMode::Relaxed] {
+            assert_eq!(capture_mode_from_cuda(capture_mode_to_cuda(mode)), mode);
+        }
+        assert_eq!(capture_mode_from_cuda(77), CaptureMode::Global);
     }
 }

@@ -1,4 +1,4 @@
-//! Host memory as files of made-up machines tell it.
+//! Reading the host's memory from files that the tests write.
 
 use super::*;
 
