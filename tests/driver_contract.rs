@@ -12,8 +12,8 @@ use torch_uvm_sim::{Profile, Schedule};
 
 /// Makes a test of each contract function, with a machine of `$machine` (an `Option`: none is a test not run).
 macro_rules! contract {
-    ($($module:ident: $machine:expr;)*) => {
-        $(contract! { @module $module, $machine,
+    (all { $($module:ident: $machine:expr;)* } chunks { $($chunks:ident: $with_chunks:expr;)* }) => {
+        $(contract! { @and_chunks $module, $machine,
             allocator: [
                 every_placement_serves_memory
                 the_cap_holds
@@ -59,12 +59,38 @@ macro_rules! contract {
                 frequent_calls_take_microseconds
             ]
         })*
+        $(contract! { @and_chunks $chunks, $with_chunks, })*
+    };
+    (@and_chunks $module:ident, $machine:expr, $($others:tt)*) => {
+        contract! { @module $module, $machine, $($others)*
+            chunks: [
+                chunks_are_described
+                addresses_hold_nothing
+                chunks_hold_bytes
+                pointers_are_told
+                figures_are_exact
+                bytes_belong_to_the_chunk
+                contents_move_under_a_fixed_address
+                what_must_not_be_is_refused
+                access_is_given_anew
+                several_devices_reach_a_chunk
+                the_cpu_reaches_host_chunks
+                chunks_do_not_wait
+                a_segment_of_chunks_grows_inside_a_capture
+                a_descriptor_keeps_the_memory
+                another_process_maps_a_chunk
+                an_unmapped_address_ends_the_context
+                host_chunks_are_counted
+                costs_are_told
+            ]
+        }
     };
     (@module $module:ident, $machine:expr, $($area:ident: [$($test:ident)*])*) => {
         mod $module {
             $($(
                 #[test]
                 fn $test() {
+                    crate::contract::TEST.set(concat!(stringify!($module), "::", stringify!($test)));
                     if let Some(machine) = $machine {
                         crate::contract::$area::$test(&machine);
                     }
@@ -79,11 +105,24 @@ fn simulated(profile: Profile, schedule: Schedule) -> Option<SimulatedMachine> {
     Some(SimulatedMachine::new(profile, schedule))
 }
 
+/// A simulated machine of several devices.
+fn several(profile: Profile) -> Option<SimulatedMachine> {
+    Some(SimulatedMachine::with_devices(profile, 3))
+}
+
 contract! {
-    sim_h100: crate::simulated(crate::Profile::h100(), crate::Schedule::Late);
-    sim_gh200: crate::simulated(crate::Profile::gh200(), crate::Schedule::Seeded(1));
-    sim_gh200_egm: crate::simulated(crate::Profile::gh200_egm(), crate::Schedule::Eager);
-    sim_gb10: crate::simulated(crate::Profile::gb10(), crate::Schedule::Seeded(2));
-    cuda: crate::contract::real::RealMachine::if_wanted(i32::MAX);
-    cuda_12_0: crate::contract::real::RealMachine::if_wanted(12000);
+    all {
+        sim_h100: crate::simulated(crate::Profile::h100(), crate::Schedule::Late);
+        sim_h100_no_host_chunks: crate::simulated(crate::Profile::h100_no_host_chunks(), crate::Schedule::Seeded(3));
+        sim_gh200: crate::simulated(crate::Profile::gh200(), crate::Schedule::Seeded(1));
+        sim_gh200_egm: crate::simulated(crate::Profile::gh200_egm(), crate::Schedule::Eager);
+        sim_gb10: crate::simulated(crate::Profile::gb10(), crate::Schedule::Seeded(2));
+        cuda: crate::contract::real::RealMachine::if_wanted(i32::MAX);
+        cuda_12_0: crate::contract::real::RealMachine::if_wanted(12000);
+    }
+    // Without concurrent managed access most of the rest is not promised.
+    chunks {
+        sim_wsl: crate::simulated(crate::Profile::rtx4090_wsl(), crate::Schedule::Late);
+        sim_three_h100: crate::several(crate::Profile::h100());
+    }
 }

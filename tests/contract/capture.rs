@@ -1,9 +1,12 @@
 //! What is legal while a stream captures: a table, made by trying every call in every situation.
 
 use std::fmt::Write as _;
+use std::os::fd::AsFd;
 use std::sync::Mutex;
 
-use torch_uvm::driver::{Advice, CaptureMode, DevicePtr, Driver, ErrorKind, Event, Location, Range, Result, Stream};
+use torch_uvm::driver::{
+    Advice, CaptureMode, Chunk, DevicePtr, Driver, ErrorKind, Event, Location, Range, Result, Stream,
+};
 
 use super::machine::{Capture, DEVICE, MIB, Machine, MachineExt};
 
@@ -41,6 +44,13 @@ struct Scene<'a> {
     other: Stream,
     managed: Range,
     device_memory: DevicePtr,
+    /// Where chunks of host memory lie, if there are any.
+    host: Option<Location>,
+    /// A chunk of the device's memory and one of the host's, of 2 MiB.
+    chunks: Vec<Chunk>,
+    /// Where the first is mapped, and where nothing is.
+    mapped: Range,
+    unmapped: Range,
     /// Recorded on the other stream before the capture.
     event: Event,
     /// Recorded on the captured stream.
@@ -71,6 +81,12 @@ impl Scene<'_> {
         self.driver.event_destroy(DEVICE, event)?;
         self.own().events.retain(|&owned| owned != event);
         Ok(())
+    }
+
+    fn map_and_unmap(&self, chunk: Chunk) -> Result<()> {
+        self.driver.chunk_map(self.unmapped, chunk)?;
+        self.driver.set_access(self.unmapped, &[Location::Device(DEVICE)])?;
+        self.driver.chunk_unmap(self.unmapped)
     }
 
     fn prefetch(&self, stream: Stream) -> Result<()> {
@@ -162,6 +178,30 @@ const CALLS: &[(&str, Legal, Call)] = &[
     ("event_destroy", Legal::Always, |s| s.destroy_event(s.event)),
     ("event_destroy of a captured event", Legal::Always, |s| s.destroy_event(s.captured_event)),
     ("ipc_handle", Legal::Always, |s| s.driver.ipc_handle(DEVICE, s.device_memory).map(drop)),
+    ("chunk_granularity", Legal::Always, |s| s.driver.chunk_granularity(Location::Device(DEVICE)).map(drop)),
+    ("address_reserve and address_free", Legal::Always, |s| {
+        let ptr = s.driver.address_reserve(2 * MIB, 0)?;
+        s.driver.address_free(Range { ptr, bytes: 2 * MIB })
+    }),
+    ("chunk_create and chunk_release, device", Legal::Always, |s| {
+        s.driver.chunk_release(s.driver.chunk_create(Location::Device(DEVICE), 2 * MIB, true)?)
+    }),
+    ("chunk_create and chunk_release, host", Legal::Always, |s| match s.host {
+        Some(at) => s.driver.chunk_release(s.driver.chunk_create(at, 2 * MIB, true)?),
+        None => Ok(()),
+    }),
+    ("chunk_map, set_access, chunk_unmap, device", Legal::Always, |s| s.map_and_unmap(s.chunks[0])),
+    ("chunk_map, set_access, chunk_unmap, host", Legal::Always, |s| {
+        s.chunks.get(1).map_or(Ok(()), |&chunk| s.map_and_unmap(chunk))
+    }),
+    ("chunk_unmap of a chunk mapped before", Legal::Always, |s| {
+        s.driver.chunk_unmap(s.mapped)?;
+        s.driver.chunk_map(s.mapped, s.chunks[0])
+    }),
+    ("chunk_export and chunk_import", Legal::Always, |s| {
+        let descriptor = s.driver.chunk_export(s.chunks[0])?;
+        s.driver.chunk_release(s.driver.chunk_import(descriptor.as_fd())?)
+    }),
 ];
 
 /// Makes one call in one situation. "ok" or the error's code; "!" where it invalidated the capture, "?" where the
@@ -175,13 +215,31 @@ fn observe(machine: &dyn Machine, situation: &Situation, call: Call) -> String {
     let [event, captured_event] = [(); 2].map(|()| driver.event_create(DEVICE).unwrap());
     driver.event_record(DEVICE, event, other).unwrap();
     driver.stream_synchronize(DEVICE, other).unwrap();
+    let host = driver.device_info(DEVICE).unwrap().host_chunk_location();
+    let create = |at| driver.chunk_create(at, 2 * MIB, true).unwrap();
+    let chunks: Vec<_> = [Location::Device(DEVICE)].into_iter().chain(host).map(create).collect();
+    let [mapped, unmapped] =
+        [(); 2].map(|()| Range { ptr: driver.address_reserve(2 * MIB, 0).unwrap(), bytes: 2 * MIB });
+    driver.chunk_map(mapped, chunks[0]).unwrap();
     let owned = Owned {
         memory: vec![managed.ptr, device_memory],
         streams: vec![captured, other],
         events: vec![event, captured_event],
     };
-    let scene =
-        Scene { driver, captured, other, managed, device_memory, event, captured_event, owned: Mutex::new(owned) };
+    let scene = Scene {
+        driver,
+        captured,
+        other,
+        managed,
+        device_memory,
+        host,
+        chunks,
+        mapped,
+        unmapped,
+        event,
+        captured_event,
+        owned: Mutex::new(owned),
+    };
 
     machine.begin_capture(captured, situation.mode).unwrap();
     driver.event_record(DEVICE, captured_event, captured).unwrap();
@@ -210,12 +268,17 @@ fn observe(machine: &dyn Machine, situation: &Situation, call: Call) -> String {
         _ => "?",
     };
 
+    let chunks = scene.chunks.iter().map(|&chunk| driver.chunk_release(chunk));
+    let unmapping = driver.chunk_unmap(mapped);
+    let addresses = [mapped, unmapped].map(|range| driver.address_free(range));
+    let kept = [unmapping].into_iter().chain(addresses).chain(chunks).filter(Result::is_err).count();
     // A call that failed has changed nothing: all of it is still there to be given back.
     let owned = scene.owned.into_inner().unwrap();
     let events = owned.events.into_iter().map(|event| driver.event_destroy(DEVICE, event));
     let streams = owned.streams.into_iter().map(|stream| driver.stream_destroy(DEVICE, stream));
     let memory = owned.memory.into_iter().map(|ptr| driver.free(DEVICE, ptr));
     let lost = events.chain(streams).chain(memory).filter(Result::is_err).map(|_| "~").collect::<String>();
+    let lost = lost + &"~".repeat(kept);
 
     let code = result.map_or_else(|error| error.code.to_string(), |()| "ok".to_owned());
     code + survived + &lost

@@ -54,11 +54,27 @@ pub trait Machine: Sync {
     /// Queues work on the stream that completes only when the gate is opened.
     fn queue_gate(&self, stream: Stream, gate: &Gate);
 
-    /// Copies to device or managed memory, and waits.
-    fn write(&self, ptr: DevicePtr, bytes: &[u8]);
+    /// Copies to device or managed memory or to a chunk, and waits.
+    fn try_write(&self, ptr: DevicePtr, bytes: &[u8]) -> Result<()>;
 
-    /// Copies from device or managed memory, and waits.
+    /// Copies from device or managed memory or from a chunk, and waits.
     fn read(&self, ptr: DevicePtr, bytes: &mut [u8]);
+
+    /// Copies between addresses of the device's, and waits.
+    fn copy(&self, to: DevicePtr, from: DevicePtr, bytes: u64);
+
+    /// Sets bytes of device or managed memory or of a chunk, and waits.
+    fn set(&self, ptr: DevicePtr, value: u8, bytes: u64);
+
+    /// Runs a kernel that adds 1 to each of `words` 32-bit words, and waits. Whether kernels compute here: on simulated devices
+    /// they only have to be allowed to use the memory.
+    fn add_one(&self, ptr: DevicePtr, words: u32) -> bool;
+
+    /// Queues a kernel that writes a range. Only on simulated machines.
+    fn queue_kernel(&self, stream: Stream, range: Range);
+
+    /// What the driver says of a pointer to device memory or to a chunk, by the attribute's name.
+    fn pointer_attributes(&self, ptr: DevicePtr) -> Vec<(&'static str, Result<i64>)>;
 
     /// The calling thread's current context as a number, 0 for none; `None` where there is no such thing.
     fn current_context(&self) -> Option<usize>;
@@ -117,6 +133,11 @@ impl Drop for OpenAtEnd {
 
 /// Shorthands for the tests.
 pub trait MachineExt: Machine {
+    /// Copies to memory that can be written, and waits.
+    fn write(&self, ptr: DevicePtr, bytes: &[u8]) {
+        self.try_write(ptr, bytes).unwrap();
+    }
+
     /// A managed allocation within the budget.
     fn managed(&self, bytes: u64) -> Range {
         assert!(bytes <= MANAGED_BUDGET);
