@@ -25,7 +25,7 @@ def owners_section(device: Device, plot: Plots) -> str:
     traces = [
         plot.objects.Bar(
             orientation="h",
-            y=[number for number in range(len(shown))],
+            y=list(range(len(shown))),
             x=[_at(owner, place) / unit for owner in shown],
             name=PLACE_NAMES.get(place, "live memory"),
             marker={"color": PLACE_COLOURS[place]},

@@ -27,8 +27,8 @@ class Plots:
 
     def __init__(self) -> None:
         try:
-            from plotly import graph_objects  # type: ignore[import-untyped]
-            from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+            from plotly import graph_objects
+            from plotly.offline import get_plotlyjs
         except ImportError as error:
             raise NoPlotly(
                 f"report needs plotly ({error}): pip install 'torch-uvm[report]', or pip install plotly"

@@ -223,7 +223,7 @@ _OUR_DEVICE = Fields(
         "statistics": Values(),
         "place_stats": Values(),
         "segments": Items(_OUR_SEGMENT),
-        "samples": Items(Fields({"time_us": _SIZE, "allocated": _SIZE, **{place: _SIZE for place in PLACES}})),
+        "samples": Items(Fields({"time_us": _SIZE, "allocated": _SIZE, **dict.fromkeys(PLACES, _SIZE)})),
     },
     needed=("device",),
 )

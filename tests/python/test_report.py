@@ -19,7 +19,7 @@ from simulated import Finished
 from snapshots import GIB, MIB, frame, plain, with_places
 from under_test import torch_uvm
 
-from torch_uvm import _report_page, _snapshot
+from torch_uvm import _snapshot
 
 #: Takes long, and is the same for every version of PyTorch.
 pytestmark = pytest.mark.one_version
@@ -367,12 +367,11 @@ def test_long_histories_are_thinned() -> None:
 def test_many_blocks(tmp_path: Path) -> None:
     """A page stays readable and small where there are hundreds of thousands of blocks."""
     block = {"size": 512, "requested_size": 512, "frames": []}
-    segments = [
-        {**plain()["segments"][0], "address": number * GIB, "blocks": [
-            {**block, "address": number * GIB + 512 * at, "state": "active_allocated" if at % 2 else "inactive"} for at in range(5000)
-        ]}
-        for number in range(1, 60)
-    ]  # fmt: skip
+    states = ("inactive", "active_allocated")
+    segments = []
+    for start in range(GIB, 60 * GIB, GIB):
+        blocks = [{**block, "address": start + 512 * at, "state": states[at % 2]} for at in range(5000)]
+        segments.append({**plain()["segments"][0], "address": start, "blocks": blocks})
     page = made(plain(segments=segments), tmp_path)
     assert "too many blocks" in page.text and re.search(r"largest 40 of 59", page.text), page.text[:3000]
     assert len(page.scripts[-1]) < 500_000
