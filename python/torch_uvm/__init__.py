@@ -7,7 +7,7 @@ The environment variable chooses the allocator, and nothing in a program changes
 PyTorch loads this package by itself, at the end of `import torch`. What is here is for programs that want to know more
 (`is_enabled`, `config`, `memory_info`, `statistics`, `dump_snapshot`), to put chosen tensors in a chosen place
 (`placement`, `MemPool`), to say where they should be when (`prefetch`, `advise`, `discard`), or to keep weights and
-optimizer state in host memory (`stream`, `offload_optimizer`).
+optimizer state in host memory (`stream_weights`, `offload_optimizer`).
 `python -m torch_uvm doctor` says what a machine is and what will work on it, `report` makes a page of a memory
 snapshot, and `simulate` runs a program on a machine without a GPU and says where its memory was.
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ._records import MemoryInfo, PlaceStats
     from ._report import config, is_enabled, memory_info, statistics
     from ._snapshot import dump_snapshot
-    from ._stream import stream
+    from ._streaming.api import WeightStream, WeightStreamStatistics, stream, stream_weights
 
     __version__: str
 
@@ -36,6 +36,8 @@ __all__ = [
     "MemPool",
     "MemoryInfo",
     "PlaceStats",
+    "WeightStream",
+    "WeightStreamStatistics",
     "__version__",
     "activate",
     "advise",
@@ -50,12 +52,15 @@ __all__ = [
     "prefetch",
     "statistics",
     "stream",
+    "stream_weights",
 ]
 
 _HOMES = {
     "MemPool": "_pools",
     "MemoryInfo": "_records",
     "PlaceStats": "_records",
+    "WeightStream": "_streaming.api",
+    "WeightStreamStatistics": "_streaming.api",
     "__version__": "_version",
     "activate": "_activate",
     "advise": "_hints",
@@ -69,7 +74,8 @@ _HOMES = {
     "placement": "_pools",
     "prefetch": "_hints",
     "statistics": "_report",
-    "stream": "_stream",
+    "stream": "_streaming.api",  # the first name of stream_weights
+    "stream_weights": "_streaming.api",
 }
 
 

@@ -73,9 +73,9 @@ def placement(where: Placement, device: Device = None) -> Iterator[None]:
     - Other threads are not affected, and the backward pass runs in other threads: gradients that it makes are placed
       as everything else. (PyTorch 2.6 and 2.7 route the allocations of all threads of the process, and cannot tell two
       that do this at the same time apart.)
-    - Nesting works: the innermost placement holds. So it does together with `torch.cuda.use_mem_pool`: a placement inside a
-      pool's block places, and a pool inside a placement's block takes what is allocated. (PyTorch's own allocator takes
-      the outermost of nested pools up to 2.9, and the innermost since 2.11.)
+    - Nesting works: the innermost placement holds. So it does together with `torch.cuda.use_mem_pool`: a placement
+      inside a pool's block places, and a pool inside a placement's block takes what is allocated. (PyTorch's own
+      allocator takes the outermost of nested pools up to 2.9, and the innermost since 2.11.)
     - Not during the capture of a CUDA graph, whose memory must be kept as long as the graph: capture into
       `torch.cuda.graph(graph, pool=torch_uvm.MemPool(…).id)`.
 
@@ -157,8 +157,8 @@ class _Route:
 def _routed(pool: MemPool, device: int) -> Iterator[None]:
     """Routes to this pool, and to no other of this thread's placements.
 
-    The allocator takes the pool that was begun last, and forgets a pool that ends, in whatever order they end. So when the
-    last placement ends, the one before it is begun again.
+    The allocator takes the pool that was begun last, and forgets a pool that ends, in whatever order they end. So when
+    the last placement ends, the one before it is begun again.
     """
     routes = _thread.routes.setdefault(device, [])
     if routes:

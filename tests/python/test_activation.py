@@ -228,7 +228,8 @@ before = set(sys.modules)
 import torch_uvm
 print(sorted(set(sys.modules) - before))
 assert set(torch_uvm.__all__) <= set(dir(torch_uvm))
-real = {"MemPool", "placement", "empty_cache", "stream", "offload_optimizer"}  # these need the real torch
+real = {"MemPool", "placement", "empty_cache", "offload_optimizer"}  # these need the real torch
+real |= {"WeightStream", "WeightStreamStatistics", "stream", "stream_weights"}
 for name in set(torch_uvm.__all__) - real:
     assert getattr(torch_uvm, name) is not None, name
 assert not hasattr(torch_uvm, "no_such_name")

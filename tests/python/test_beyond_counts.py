@@ -69,7 +69,7 @@ def phase(name, **more):
     before = now
 
 class Managed:
-    '''As torch_uvm._pinned.Pinned, of cudaMallocManaged alone: pages come and go by faults.'''
+    '''As torch_uvm._streaming.pinned.Pinned, of cudaMallocManaged alone: pages come and go by faults.'''
     def __init__(self, count, device=0):
         pointer = ctypes.c_void_p()
         runtime = ctypes.CDLL(f"libcudart.so.{{torch.version.cuda.partition('.')[0]}}")
@@ -114,10 +114,10 @@ for number in range(3):
     phase(f"pass {number}")
 checked(model)
 """
-PINNED_IS_MANAGED = "import torch_uvm._stream\ntorch_uvm._stream.Pinned = Managed"
+PINNED_IS_MANAGED = "import torch_uvm._streaming.attach\ntorch_uvm._streaming.attach.Pinned = Managed"
 NOTHING_IS_COPIED = (
-    "import torch_uvm._slots\n"
-    "torch_uvm._slots.Slot.fill = lambda slot, contents, copies: slot.ready.record(copies)\n"
+    "import torch_uvm._streaming.slots\n"
+    "torch_uvm._streaming.slots.Slot.fill = lambda slot, contents, copies: slot.ready.record(copies)\n"
     "checked = lambda model: None  # the contents are wrong, of course"
 )
 WEIGHTS_ARE_MANAGED = """
@@ -133,7 +133,7 @@ warnings.simplefilter("ignore")  # newer versions have another name for it
 for limit in $limits:
     torch.cuda.memory._set_allocator_settings(f"uvm_device_limit_mb:{limit + UNIT // MIB}")
     model = nn.Sequential(*(Layer(seed) for seed in range($layers)))
-    stream = torch_uvm.stream(model, device_bytes=limit * MIB)
+    stream = torch_uvm.stream_weights(model, device_bytes=limit * MIB)
     phase(f"limit {limit} load")
     for number in range(2):
         model(x)
@@ -239,7 +239,7 @@ PASSES = ("pass 0", "pass 1", "pass 2")
 def test_forward_of_weights_that_stream(plant: str | None, tmp_path: Path) -> None:
     """Weights of four times the limit: each pass copies what does not stay, once, and nothing else crosses the link."""
     plants = {None: "", "pinned memory is managed": PINNED_IS_MANAGED, "nothing is copied": NOTHING_IS_COPIED}
-    phases = phases_of(FORWARD, tmp_path, plant=plants[plant], attach="stream = torch_uvm.stream(model)")
+    phases = phases_of(FORWARD, tmp_path, plant=plants[plant], attach="stream = torch_uvm.stream_weights(model)")
     # Three quarters of what `x` leaves hold three slots and two layers.
     resident = (LIMIT - UNIT) * 3 // 4 // UNIT - 3
     streamed = (LAYERS - resident) * UNIT * MIB

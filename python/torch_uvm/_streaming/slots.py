@@ -1,8 +1,8 @@
 """Device memory that weights are copied into before they are used, and the stream that copies.
 
-A slot is overwritten only when nobody holds its memory any more, and not before all work that was given it is done. Both
-are known without waiting for the device: the first from the number of tensors that share its storage, the second from
-events that the copying stream waits for.
+A slot is overwritten only when nobody holds its memory any more, and not before all work that was given it is done.
+Both are known without waiting for the device: the first from the number of tensors that share its storage, the second
+from events that the copying stream waits for.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any, Optional
 
 import torch
 
-from ._owners import Owners
-from ._pools import placement
+from .._pools import placement
+from .internals import new_event, new_stream
+from .owners import Owners
 
 
 class Slot:
@@ -32,7 +33,7 @@ class Slot:
         #: The weights' versions when they were copied.
         self.versions: list[int] = []
         #: Recorded behind the copy into it.
-        self.ready = torch.cuda.Event()
+        self.ready = new_event()
         #: When it was last asked for, on a clock that counts demands.
         self.used = 0
         self._streams: dict[int, torch.cuda.Stream] = {}
@@ -53,18 +54,18 @@ class Slot:
             self._owners.one_more()
         return torch.as_strided(typed, shape, stride, offset)  # type: ignore[arg-type]
 
-    def hand_out(self, stream: torch.cuda.Stream) -> None:
-        """Its contents are used on `stream` from now on, once they are there."""
+    def ready_on(self, stream: torch.cuda.Stream) -> None:
+        """Makes `stream` wait until its contents are there. They are used on that stream from now on."""
         stream.wait_event(self.ready)
         self._streams[stream.cuda_stream] = stream
 
-    def settle(self) -> None:
+    def record_last_uses(self) -> None:
         """If nobody holds it any more, notes where the streams that used it are now: later work of theirs is no use."""
         if not self._streams or not self.idle():
             return
         for key, stream in self._streams.items():
             if key not in self._events:
-                self._events[key] = stream, torch.cuda.Event()
+                self._events[key] = stream, new_event()
             event = self._events[key][1]
             event.record(stream)
             self._pending.append(event)
@@ -72,7 +73,7 @@ class Slot:
 
     def fill(self, contents: torch.Tensor, copies: torch.cuda.Stream) -> None:
         """Copies bytes into it, behind everything that used it. It must be idle."""
-        self.settle()
+        self.record_last_uses()
         for event in self._pending:
             copies.wait_event(event)
         self._pending.clear()
@@ -80,7 +81,7 @@ class Slot:
             self.buffer[: contents.numel()].copy_(contents, non_blocking=True)
         self.ready.record(copies)
 
-    def abandon(self, copies: torch.cuda.Stream) -> None:
+    def leave_to_holders(self, copies: torch.cuda.Stream) -> None:
         """Leaves it to those who hold it: the allocator has it back when they are done, on all streams that used it."""
         self.buffer.record_stream(copies)
         for stream in self._streams.values():
@@ -97,13 +98,13 @@ class Slots:
         self._count = count
         self._size = size
         self._device = device
-        self.copies = torch.cuda.Stream(device)
+        self.copies = new_stream(device)
         self.all = [Slot(size, device) for _ in range(count)]
         self._by_pointer = {slot.pointer: slot for slot in self.all}
         #: How many slots were made beyond the first ones, since others held those.
         self.replaced = 0
 
-    def of(self, tensor: torch.Tensor) -> Optional[Slot]:
+    def containing(self, tensor: torch.Tensor) -> Optional[Slot]:
         """The slot that a tensor lies in."""
         if not tensor.is_cuda or tensor.layout != torch.strided:
             return None
@@ -113,13 +114,13 @@ class Slots:
             return None
         return self._by_pointer.get(pointer)
 
-    def settle(self) -> None:
-        """`Slot.settle` for all."""
+    def record_last_uses(self) -> None:
+        """`Slot.record_last_uses` for all."""
         for slot in self.all:
-            slot.settle()
+            slot.record_last_uses()
 
-    def spare(self, keep: Any) -> Optional[Slot]:
-        """An idle slot whose unit is not in `keep`; the one that was used longest ago."""
+    def least_recently_used(self, keep: Any) -> Optional[Slot]:
+        """The idle slot that was used longest ago, of those whose unit is not in `keep`; None if there is none."""
         found: Optional[Slot] = None
         for slot in self.all:
             if slot.unit is not None and slot.unit in keep:
@@ -144,14 +145,14 @@ class Slots:
     def trim(self) -> None:
         """Gives back idle slots beyond the number that was asked for."""
         while len(self.all) > self._count:
-            slot = self.spare(())
+            slot = self.least_recently_used(())
             if slot is None:
                 return
             self.drop(slot)
 
     def drop(self, slot: Slot) -> None:
         """Forgets a slot."""
-        slot.abandon(self.copies)
+        slot.leave_to_holders(self.copies)
         self.all.remove(slot)
         del self._by_pointer[slot.pointer]
 

@@ -1,8 +1,8 @@
 """Which weights of a model share memory, with each other and with tensors outside the model.
 
-Two weights can share memory without being one Parameter: they were tied through `.data`, or they are views of one flat buffer.
-A buffer can be a view of a weight. Such tensors move as one piece, an *extent*, so that what is written through one of them is
-still seen through the others. The sharing is found by storage, not by object.
+Two weights can share memory without being one Parameter: they were tied through `.data`, or they are views of one flat
+buffer. A buffer can be a view of a weight. Such tensors move as one piece, an *extent*, so that what is written through
+one of them is still seen through the others. The sharing is found by storage, not by object.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ._owners import use_count
+from .internals import use_count
 
 #: The largest element of any type, in bytes: where an extent begins in its storage is a multiple of it.
 _LARGEST_ELEMENT = 16
@@ -88,9 +88,11 @@ def bytes_of(tensor: torch.Tensor) -> int:
 
 
 def streamable(tensor: torch.Tensor) -> bool:
-    """Whether a parameter or buffer is an ordinary one. Those of other kinds (quantised, distributed) stay as they are."""
+    """Whether a tensor is an ordinary parameter or buffer. Others (quantised, distributed) stay as they are."""
     plain = type(tensor) is nn.Parameter or (type(tensor) is torch.Tensor and not isinstance(tensor, nn.Parameter))
-    return plain and type(tensor.data) is torch.Tensor and tensor.layout == torch.strided and tensor.device.type != "meta"
+    return (
+        plain and type(tensor.data) is torch.Tensor and tensor.layout == torch.strided and tensor.device.type != "meta"
+    )
 
 
 @dataclass
@@ -111,9 +113,14 @@ class _InStorage:
 
 def extents_of(model: nn.Module) -> list[Extent]:
     """The memory of a model's ordinary parameters and buffers, each tensor in one extent."""
+    return extents_of_tensors([*model.named_parameters(), *model.named_buffers()])
+
+
+def extents_of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> list[Extent]:
+    """The memory of different tensors with their names, without those that are not ordinary ones."""
     storages: dict[int, _InStorage] = {}
     found: list[Extent] = []
-    for name, tensor in _named_tensors(model):
+    for name, tensor in named:
         if not streamable(tensor):
             continue
         if not tensor.numel():
@@ -130,17 +137,11 @@ def extents_of(model: nn.Module) -> list[Extent]:
     return found
 
 
-def _named_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    """Each parameter and each buffer of a model once."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """Its first byte in its storage, and the one after its last."""
     first = tensor.storage_offset()
     last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return first * tensor.element_size(), (last + 1) * tensor.element_size()
+    return int(first * tensor.element_size()), int((last + 1) * tensor.element_size())
 
 
 def _overlapping(tensors: list[tuple[str, torch.Tensor]]) -> list[list[tuple[str, torch.Tensor]]]:
@@ -170,7 +171,7 @@ def _extent(named: list[tuple[str, torch.Tensor]], storage_bytes: int) -> Extent
 
 @functools.cache
 def _counts_of_storage_objects() -> int:
-    """How much a storage's Python object adds to the count of its owners. Asked for, since PyTorch's versions differ."""
+    """How much a storage's Python object adds to the count of its owners. PyTorch's versions may differ."""
     tensor = torch.empty(1)
     return use_count(tensor.untyped_storage()) - 1
 

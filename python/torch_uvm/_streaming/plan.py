@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Optional
 
 import torch
 from torch import nn
 
-from ._sharing import Extent, bytes_of, extents_of
+from .extents import Extent, bytes_of, extents_of
 
 MIB = 1 << 20
 #: Units smaller than this stay on the device: a copy of them costs more than their memory is worth.
@@ -53,8 +54,8 @@ class Groups:
     units: list[Group] = field(default_factory=list)
     #: Small ones: stay on the device.
     small: list[Group] = field(default_factory=list)
-    #: Of modules that hold other units, and tables that are read by rows: on the device if there is room, else read where
-    #: they lie.
+    #: Of modules that hold other units, and tables that are read by rows: on the device if there is room, else read
+    #: where they lie.
     others: list[Group] = field(default_factory=list)
 
 
@@ -77,11 +78,11 @@ def aligned(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-def group(model: nn.Module, largest: int | None = None, extents: list[Extent] | None = None) -> Groups:
+def group(model: nn.Module, largest: Optional[int] = None, extents: Optional[list[Extent]] = None) -> Groups:
     """Divides a model's parameters, with the buffers that share memory with them.
 
-    An element of a container that has more than `largest` bytes is divided further, where its modules allow it. `extents` are
-    the model's, if they are known already.
+    An element of a container that has more than `largest` bytes is divided further, where its modules allow it.
+    `extents` are the model's, if they are known already.
     """
     extents = extents_of(model) if extents is None else extents
     extent_of = {
@@ -102,13 +103,13 @@ def group(model: nn.Module, largest: int | None = None, extents: list[Extent] | 
     # Shared memory belongs to those that would stream it: a table that is also a head is the head's.
     shared: dict[tuple[int, ...], list[Extent]] = {}
     groups = Groups()
-    for extent, indices in users.items():
-        streaming = [index for index in indices if named[index][2] == "unit"]
+    for extent, used_by in users.items():
+        streaming = [index for index in used_by if named[index][2] == "unit"]
         if extent.shared and largest is not None and extent.nbytes > 2 * largest:
             # Such as a buffer that all weights are views of. Slots for it would not fit.
             groups.others.append(Group(" & ".join(extent.names), [], [extent]))
         else:
-            shared.setdefault(tuple(streaming or indices), []).append(extent)
+            shared.setdefault(tuple(streaming or used_by), []).append(extent)
     for indices in sorted(shared):
         members = [named[index] for index in indices]
         found = Group(
@@ -124,7 +125,7 @@ def group(model: nn.Module, largest: int | None = None, extents: list[Extent] | 
 
 
 def _divide(
-    module: nn.Module, name: str, is_element: bool, largest: int | None, seen: set[nn.Module]
+    module: nn.Module, name: str, is_element: bool, largest: Optional[int], seen: set[nn.Module]
 ) -> Iterator[tuple[str, nn.Module, str, list[torch.Tensor]]]:
     """(name, module, kind, parameters and buffers) of each unit, in order. The kind is `unit` or `other`."""
     if module in seen:
@@ -149,7 +150,7 @@ def _divide(
         yield from _divide(child, f"{name}.{child_name}" if name else child_name, is_container, largest, seen)
 
 
-def choose(groups: Groups, device_bytes: int, ahead: int) -> Choice | None:
+def choose(groups: Groups, device_bytes: int, ahead: int) -> Optional[Choice]:
     """What stays within `device_bytes`, slots included, so that the fewest bytes stream. None where that cannot be.
 
     A slot holds the largest unit that streams, so a few large units are better kept. Of the others those that stay are
@@ -160,7 +161,7 @@ def choose(groups: Groups, device_bytes: int, ahead: int) -> Choice | None:
     total = sum(unit.bytes for unit in units)
     if budget >= total:
         return _with_others(groups, frozenset(range(len(units))), budget - total, 0, 0)
-    best: tuple[int, frozenset[int], int] | None = None
+    best: Optional[tuple[int, frozenset[int], int]] = None
     for slot in sorted({unit.bytes for unit in units}):
         must = [index for index, unit in enumerate(units) if unit.bytes > slot]
         left = budget - (ahead + 1) * slot - sum(units[index].bytes for index in must)

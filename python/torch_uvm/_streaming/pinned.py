@@ -1,19 +1,20 @@
 """Pinned host memory that is a CPU tensor and a CUDA tensor at once.
 
-Copies between it and the device run on a copy engine beside kernels, and the CPU goes on at once. From managed memory they do
-not: on an H100 they come to the link's speed too, but nothing computes meanwhile (docs/measured.md).
+Copies between it and the device run on a copy engine beside kernels, and the CPU goes on at once. From managed memory
+they do not: on an H100 they come to the link's speed too, but nothing computes meanwhile (docs/measured.md).
 """
 
 from __future__ import annotations
 
 import mmap
 import weakref
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
-from ._format import format_bytes as in_words
-from ._report import memory_info
+from .._format import format_bytes
+from .._report import memory_info
+from .internals import register_host_memory, unregister_host_memory
 
 _pinned = 0
 
@@ -23,10 +24,6 @@ def pinned_bytes() -> int:
     return _pinned
 
 
-#: `cudaHostRegisterPortable | cudaHostRegisterMapped`: pinned for all devices, and reached by their kernels.
-_PORTABLE_AND_MAPPED = 3
-
-
 class Pinned:
     """Page-locked bytes of the host, until the last tensor in them is gone."""
 
@@ -34,26 +31,27 @@ class Pinned:
         """`count` bytes, at least 1, reached by a device.
 
         Raises:
-            torch.cuda.OutOfMemoryError: the host has not so much left beside its reserve (`uvm_host_reserve_mb`). Pinned
-                memory cannot be swapped out: past that the kernel would end processes.
+            torch.cuda.OutOfMemoryError: the host has not so much left beside its reserve (`uvm_host_reserve_mb`).
+                Pinned memory cannot be swapped out: past that the kernel would end processes.
             RuntimeError: CUDA does not pin it.
         """
         info = memory_info(device)
         left = max(0, info.host_available - info.host_reserve)
         if count > left:
             raise torch.cuda.OutOfMemoryError(
-                f"torch_uvm: {in_words(count)} of host memory cannot be pinned: {in_words(info.host_available)} are available "
-                f"and {in_words(info.host_reserve)} of them are left to everyone else (uvm_host_reserve_mb)"
+                f"torch_uvm: {format_bytes(count)} of host memory cannot be pinned: "
+                f"{format_bytes(info.host_available)} are available and {format_bytes(info.host_reserve)} of them are "
+                "left to everyone else (uvm_host_reserve_mb)"
             )
-        # Shared between processes that are forked: a private page would be copied when one of them writes to it, and the
-        # device would go on with the other copy.
+        # Shared between processes that are forked: a private page would be copied when one of them writes to it, and
+        # the device would go on with the other copy.
         self._memory = mmap.mmap(-1, count)
         #: As a CPU tensor.
         self.cpu = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._device = device
         self._registered = _Registered(self.cpu, device)
 
-    def cuda(self, offset: int = 0, count: int | None = None) -> torch.Tensor:
+    def cuda(self, offset: int = 0, count: Optional[int] = None) -> torch.Tensor:
         """Its bytes from `offset` on, as a CUDA tensor: the GPU reads and writes them where they lie.
 
         Each has a storage of its own: to code that looks for weights that share memory, two of them do not.
@@ -72,7 +70,7 @@ class _Registered:
         global _pinned
         self.pointer, count = cpu.data_ptr(), cpu.numel()
         with torch.cuda.device(device):
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self.pointer, count, _PORTABLE_AND_MAPPED)))
+            register_host_memory(self.pointer, count)
         _pinned += count
         weakref.finalize(self, _unpin, self.pointer, device, cpu).atexit = False
 
@@ -95,6 +93,6 @@ def _unpin(pointer: int, device: int, cpu: torch.Tensor) -> None:
     """Gives the memory back to the host, once no work uses it. `cpu` keeps it until then."""
     with torch.cuda.device(device):
         torch.cuda.synchronize()
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(pointer)))
+        unregister_host_memory(pointer)
     global _pinned
     _pinned -= cpu.numel()
