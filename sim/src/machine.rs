@@ -1,5 +1,5 @@
 //! The machine: its interface, one method an entry point. Here: devices, memory, managed memory, and what tests ask;
-//! copies, streams, events and graphs are in `machine_streams`.
+//! copies, streams, events and graphs are in `machine_streams.rs`.
 //!
 //! Handles, pointers and error codes are CUDA's (`cudaError_t` and `CUresult` share the numbers). Every method takes
 //! the device that is current for the caller; for a created stream the stream's own device counts, for the default

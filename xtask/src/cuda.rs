@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 
@@ -23,6 +24,9 @@ pub struct Cuda {
 impl Cuda {
     /// The headers and the library of `pinned`; fetched if they are not there.
     pub fn fetch(step: &Step, venv: &Venv, pinned: &CudaHeaders, machine: Machine) -> Result<Self> {
+        /// The wheel and the plug-in are made at the same time and want the same headers.
+        static BUSY: Mutex<()> = Mutex::new(());
+        let _busy = BUSY.lock().unwrap_or_else(PoisonError::into_inner);
         let own = machine == Machine::own()?;
         let name = if own { pinned.major.to_string() } else { format!("{}-{}", pinned.major, machine.name()) };
         let folder = paths::target().join("cuda").join(name);

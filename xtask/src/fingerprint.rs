@@ -87,11 +87,6 @@ impl Stamp {
             && results.iter().all(|result| result.exists())
     }
 
-    /// Whether the step ever ended well, whatever its inputs were then.
-    pub fn exists(&self) -> bool {
-        self.path.exists()
-    }
-
     /// Takes the note away: the results are about to change.
     pub fn clear(&self) -> Result<()> {
         match fs::remove_file(&self.path) {

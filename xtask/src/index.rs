@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::env;
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::path::Path;
+use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
@@ -37,11 +37,7 @@ pub struct Index {
 impl Index {
     /// The index that pip in `venv` would ask.
     pub fn of_pip(venv: &Venv) -> Result<Self> {
-        let variable = env::var("PIP_INDEX_URL").ok().filter(|url| !url.is_empty());
-        // pip ends with an error where the key is not set.
-        let configured = || process::capture(&mut venv.pip(["config", "get", "global.index-url"])).ok();
-        let url = variable.or_else(configured).unwrap_or_else(|| USUAL.to_owned());
-        let url = format!("{}/", url.trim().trim_end_matches('/'));
+        let url = format!("{}/", url(venv).trim_end_matches('/'));
         ensure!(url.contains("://"), "pip's index «{url}» is not a URL");
         let tls = TlsConfig::builder().root_certs(root_certificates()?).build();
         let agent = Agent::config_builder().tls_config(tls).timeout_global(Some(PATIENCE)).build().new_agent();
@@ -66,17 +62,25 @@ impl Index {
     }
 }
 
+/// The URL of the index that pip in `venv` would ask.
+pub fn url(venv: &Venv) -> String {
+    let variable = env::var("PIP_INDEX_URL").ok().filter(|url| !url.is_empty());
+    // pip ends with an error where the key is not set.
+    let configured = || process::capture(&mut venv.pip(["config", "get", "global.index-url"])).ok();
+    variable.or_else(configured).unwrap_or_else(|| USUAL.to_owned()).trim().to_owned()
+}
+
+/// The file with the certificates of authorities that this machine trusts; None where only the programs' own are known.
+pub fn certificates() -> Option<PathBuf> {
+    let named = CERTIFICATE_VARIABLES.iter().find_map(|name| env::var_os(name).filter(|file| !file.is_empty()));
+    let usual = || CERTIFICATE_FILES.iter().map(PathBuf::from).find(|file| file.exists());
+    named.map(PathBuf::from).or_else(usual)
+}
+
 fn root_certificates() -> Result<RootCerts> {
-    let named = CERTIFICATE_VARIABLES.iter().find_map(|name| env::var(name).ok().filter(|file| !file.is_empty()));
-    let file = match &named {
-        Some(file) => Path::new(file),
-        None => match CERTIFICATE_FILES.iter().map(Path::new).find(|file| file.exists()) {
-            Some(file) => file,
-            // The authorities that Mozilla trusts, which the TLS library brings along.
-            None => return Ok(RootCerts::WebPki),
-        },
-    };
-    let text = fs::read(file).with_context(|| format!("cannot read the certificates in {}", file.display()))?;
+    // Else the authorities that Mozilla trusts, which the TLS library brings along.
+    let Some(file) = certificates() else { return Ok(RootCerts::WebPki) };
+    let text = fs::read(&file).with_context(|| format!("cannot read the certificates in {}", file.display()))?;
     let certificates = ureq::tls::parse_pem(&text).filter_map(|item| match item {
         Ok(PemItem::Certificate(certificate)) => Some(Ok(certificate)),
         Ok(_) => None,

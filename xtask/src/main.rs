@@ -17,22 +17,26 @@ mod lock;
 mod manylinux;
 mod members;
 mod official;
+mod output;
 mod pack;
+mod package;
 mod paths;
 mod pins;
 mod platform_libraries;
 mod plugin;
 mod process;
 mod python;
+mod release;
 mod repack;
-mod shipped_simulator;
 mod sim;
+mod simulator_libraries;
 mod source;
 mod step;
 mod test;
 mod toolchain;
 mod tools;
 mod tree;
+mod uv;
 mod wheel;
 
 use std::ffi::OsString;
@@ -60,7 +64,7 @@ enum Command {
         #[arg(long)]
         sim: bool,
     },
-    /// Runs the tests; without a part, those that take minutes: rust, adapter and plugin
+    /// Runs the tests; without a part, those that take minutes: lint, rust, simulator, adapter and plugin
     Test {
         part: Option<test::Part>,
         #[command(flatten)]
@@ -73,6 +77,14 @@ enum Command {
     Wheel(WheelArguments),
     /// Makes the wheel torch-uvm: the allocator as a plug-in for stock PyTorch, one library for each minor version
     Plugin(PluginArguments),
+    /// Sets the version, and makes the plug-in's wheel of it with its checksums
+    Release {
+        /// The new version, three numbers; CHANGELOG.md must say what is new in it.
+        version: String,
+        /// Where the wheel and the checksums go [default: target/release/VERSION].
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+    },
     /// Measures the allocator against PyTorch's own, in the same wheel on the simulated device
     Bench {
         what: Benchmark,
@@ -152,6 +164,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Test { part, torch, arguments } => test::run(part, &torch.version, &arguments),
         Command::Wheel(arguments) => make_wheel(arguments),
         Command::Plugin(arguments) => make_plugin(arguments),
+        Command::Release { version, out } => release::run(&version, out).map(|()| ExitCode::SUCCESS),
         Command::Bench { what: Benchmark::Hotpath, torch, arguments } => {
             test::bench_hotpath(&torch.version, &arguments)
         }

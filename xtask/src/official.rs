@@ -1,9 +1,11 @@
 //! PyTorch's official wheels, fetched whole with pip.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use zip::ZipArchive;
 
 use crate::fingerprint::{Fingerprint, Stamp, sha256_of};
 use crate::paths::{self, shown};
@@ -58,4 +60,35 @@ pub fn fetch(step: &Step, venv: &Venv, torch: &OfficialTorch, python: &Python) -
     ensure!(sum == pinned.sha256, "{} has SHA-256 {sum}, not {}", shown(&wheel), pinned.sha256);
     stamp_for(&wheel)?.write()?;
     Ok(wheel)
+}
+
+/// What a wheel says it needs, extras apart: requirements as pip takes them.
+pub fn requirements(wheel: &Path) -> Result<Vec<String>> {
+    let read = || -> Result<String> {
+        let mut archive = ZipArchive::new(BufReader::new(File::open(wheel)?))?;
+        let names =
+            archive.file_names().map(|name| name.map(|name| name.into_owned())).collect::<Result<Vec<_>, _>>()?;
+        let metadata = names.into_iter().find(|name| name.ends_with(".dist-info/METADATA")).context("no METADATA")?;
+        Ok(io::read_to_string(archive.by_name(&metadata)?)?)
+    };
+    let text = read().with_context(|| format!("cannot read the metadata of {}", shown(wheel)))?;
+    Ok(required(&text))
+}
+
+fn required(metadata: &str) -> Vec<String> {
+    let head = metadata.lines().take_while(|line| !line.is_empty());
+    let needs = head.filter_map(|line| line.strip_prefix("Requires-Dist: "));
+    needs.filter(|need| !need.contains("extra ==")).map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requirements_are_those_without_extras() {
+        let text = "Name: torch\nRequires-Dist: filelock\nRequires-Dist: optree>=0.13; extra == \"optree\"\n\
+                    Requires-Dist: triton==3.2.0; platform_system == \"Linux\"\n\nRequires-Dist: no\n";
+        assert_eq!(required(text), ["filelock", "triton==3.2.0; platform_system == \"Linux\""]);
+    }
 }

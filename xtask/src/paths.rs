@@ -46,9 +46,19 @@ pub fn plugin_venv(torch: &str) -> PathBuf {
     target().join(format!("venv-plugin-{torch}"))
 }
 
+/// The virtual environment that an official wheel and the plug-in with sanitizers are installed in.
+pub fn sanitizers_venv(torch: &str) -> PathBuf {
+    target().join(format!("venv-sanitizers-{torch}"))
+}
+
 /// The libraries that stand in for CUDA's on a simulated device.
 pub fn simulator_libraries() -> PathBuf {
     target().join("sim/lib")
+}
+
+/// What the steps of `cargo xtask test` say, a file for each.
+pub fn test_logs() -> PathBuf {
+    target().join("test")
 }
 
 /// `path` as a reader of the terminal wants it: relative to the repository where it lies inside.

@@ -307,7 +307,8 @@ pub const PLUGIN_RELEASES: &[PluginRelease] = &[
     },
 ];
 
-/// The releases that the plug-in is tested with, newest first: official wheels, nothing in them changed.
+/// The releases that the plug-in is tested with, newest first: official wheels, nothing in them changed. The first is the
+/// newest that the package index has, the second one that is not.
 pub const PLUGIN_TESTS: &[OfficialTorch] = &[
     OfficialTorch {
         package: PinnedPackage {
@@ -331,18 +332,18 @@ pub const PLUGIN_TESTS: &[OfficialTorch] = &[
     OfficialTorch {
         package: PinnedPackage {
             name: "torch",
-            version: "2.11.0",
+            version: "2.13.0",
             wheels: &[
-                wheel("cp310", "x86_64", "1b32ceda909818a03b112006709b02be1877240c31750a8d9c6b7bf5f2d8a6e5"),
-                wheel("cp311", "x86_64", "7aa2f9bbc6d4595ba72138026b2074be1233186150e9292865e04b7a63b8c67a"),
-                wheel("cp312", "x86_64", "0f68f4ac6d95d12e896c3b7a912b5871619542ec54d3649cf48cc1edd4dd2756"),
-                wheel("cp313", "x86_64", "cc89b9b173d9adfab59fd227f0ab5e5516d9a52b658ae41d64e59d2e55a418db"),
-                wheel("cp314", "x86_64", "4dc8b3809469b6c30b411bb8c4cad3828efd26236153d9beb6a3ec500f211a60"),
-                wheel("cp310", "aarch64", "4cf8687f4aec3900f748d553483ef40e0ac38411c3c48d0a86a438f6d7a99b18"),
-                wheel("cp311", "aarch64", "d91aac77f24082809d2c5a93f52a5f085032740a1ebc9252a7b052ef5a4fddc6"),
-                wheel("cp312", "aarch64", "f99924682ef0aa6a4ab3b1b76f40dc6e273fca09f367d15a524266db100a723f"),
-                wheel("cp313", "aarch64", "63a68fa59de8f87acc7e85a5478bb2dddbb3392b7593ec3e78827c793c4b73fd"),
-                wheel("cp314", "aarch64", "2bb3cc54bd0dea126b0060bb1ec9de0f9c7f7342d93d436646516b0330cd5be7"),
+                wheel("cp310", "x86_64", "c78b7b4d04461855a764cf01bae9a462bb88bc93defcfa11235cbc8fdf3e12c4"),
+                wheel("cp311", "x86_64", "60fcdcb2f3876e21146cb4524ef06397d727ca9ad5f020818547e25075fe3cb7"),
+                wheel("cp312", "x86_64", "796633c4cdf0fe2cdced72d8f88f22e73dbcfce83132763162f6d4bff13b820b"),
+                wheel("cp313", "x86_64", "a3a9a21312872af8a26950b2c15680335a386a1f56ed03e780653d78b9607e9e"),
+                wheel("cp314", "x86_64", "49f1ea385c754e54919408a9bb3b5a72b0b755bbe2c916c1d6f70afbec4908a2"),
+                wheel("cp310", "aarch64", "0ab4b69f3ee03a62a002cfbf77b1ca5e88aceb4ea64cb4388bb28f638ddbb045"),
+                wheel("cp311", "aarch64", "092790c696a760c729fd5722835f50b9d81fd7c8f141571f3f3cf4081a8f664c"),
+                wheel("cp312", "aarch64", "572df8be8ffb4599c88cbd6a0726f1f854f4da65d2e3c09f0e2c2283333cd6d4"),
+                wheel("cp313", "aarch64", "1e09d6a722504957c694faceca843acde562786df1144ebcc5a74075ec7f6005"),
+                wheel("cp314", "aarch64", "a3893dc2da0a972a8ca5d698c85a9f967559ac5f8ee1797b77408aa8734d073c"),
             ],
         },
         python: ((3, 10), (3, 14)),
@@ -351,7 +352,13 @@ pub const PLUGIN_TESTS: &[OfficialTorch] = &[
 
 /// What compiles `libc10_cuda` and the plug-in, in a virtual environment of its own, so that neither root nor a recent
 /// system is needed.
-pub const BUILD_TOOLS: &[&str] = &["cmake==4.4.4", "ninja==1.13.2"];
+pub const BUILD_TOOLS: &[&str] = &["cmake==4.4.4", "ninja==1.13.2", "uv==0.13.9"];
+
+/// What checks the Python and the C++.
+pub const LINT_TOOLS: &[&str] = &["clang-format==23.1.5", "clang-tidy==23.1.4", "mypy==2.4.1", "ruff==0.17.6"];
+
+/// What changes the sources for the tests to notice.
+pub const CARGO_MUTANTS: &str = "27.1.0";
 
 /// What the demo and the tests import beside PyTorch itself.
 pub const TEST_PACKAGES: &[&str] =

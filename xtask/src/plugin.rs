@@ -21,13 +21,14 @@ use crate::index::Index;
 use crate::manylinux::{self, Glibc};
 use crate::members::{self, C10, C10_CUDA};
 use crate::pack::Wheel;
+use crate::package;
 use crate::paths::{self, shown};
 use crate::pins::{self, PLUGIN_RELEASES, PluginRelease};
 use crate::platform_libraries::{self, PlatformLibraries};
 use crate::process;
 use crate::python::{Python, Venv};
 use crate::repack::WheelName;
-use crate::shipped_simulator;
+use crate::simulator_libraries;
 use crate::step::{Step, Steps};
 use crate::toolchain::{Machine, Toolchain};
 use crate::tree;
@@ -35,8 +36,6 @@ use crate::tree;
 /// The platform that PyTorch's own wheels ask for since 2.7: nobody who can have PyTorch is left out.
 const PLATFORM: Glibc = (2, 28);
 const PACKAGE: &str = "torch_uvm";
-/// PyTorch calls the function at the end of `import torch`.
-const ENTRY_POINTS: &str = "[torch.backends]\ntorch_uvm = torch_uvm._activate:autoload\n";
 
 /// Makes the wheel for this machine in the folder `out`; see [`make_with`].
 pub fn make(releases: &[&'static PluginRelease], out: &Path) -> Result<PathBuf> {
@@ -75,11 +74,10 @@ pub fn make_with(toolchain: &Toolchain, releases: &[&'static PluginRelease], out
         let number = pins::version_number(release.version)?;
         libraries.push(Plan { release, number, torch, cuda: &cuda[&release.cuda.major] });
     }
-    let platform = steps.run(format!("make what {} has to link against", manylinux::platform(PLATFORM, machine)), {
-        |step| platform_libraries::prepare(step, &folder.join("platform"), PLATFORM, toolchain)
-    })?;
+    let platform = platform(&steps, toolchain)?;
     let build = folder.join("build");
-    steps.run("compile the libraries", |step| compile(step, toolchain, &libraries, &venv, &platform, &build))?;
+    let kind = Kind::Shipped(&platform);
+    steps.run("compile the libraries", |step| compile(step, toolchain, &libraries, &venv, &build, kind))?;
     steps.run("check the libraries", |step| {
         libraries.iter().try_for_each(|plan| {
             let library = plan.result(&build);
@@ -87,18 +85,48 @@ pub fn make_with(toolchain: &Toolchain, releases: &[&'static PluginRelease], out
                 .with_context(|| format!("{} cannot be used", shown(&library)))
         })
     })?;
-    let simulator = steps.run("compile the simulated CUDA libraries", |step| {
-        shipped_simulator::build(step, toolchain, &folder.join("simulator"), &platform)
-    })?;
+    let simulator = steps
+        .run("compile the simulated CUDA libraries", |step| simulator_libraries::build(step, toolchain, &platform))?;
     steps.run("check the simulated CUDA libraries", |step| {
         simulator.iter().try_for_each(|file| {
-            shipped_simulator::check(step, toolchain.machine, file, &platform, PLATFORM)
+            simulator_libraries::check(step, toolchain.machine, file, &platform, PLATFORM)
                 .with_context(|| format!("{} cannot be used", shown(file)))
         })
     })?;
     let wheel = steps.run("write the wheel", |step| write(step, &libraries, &build, &simulator, machine, out))?;
     steps.finish(shown(&wheel));
     Ok(wheel)
+}
+
+/// Makes the wheel in the folder `out` with one library, which AddressSanitizer and UBSan watch. It serves this machine,
+/// for tests: their libraries must be loaded first.
+pub fn make_sanitized(release: &'static PluginRelease, out: &Path) -> Result<PathBuf> {
+    let toolchain = Toolchain::native()?;
+    toolchain.require()?;
+    let python = Python::find(None)?;
+    let steps = Steps::new("sanitizers");
+    let folder = paths::target().join("plugin");
+    let venv = steps.run("prepare pip, CMake and Ninja", |step| build_tools::prepare(step, &python))?;
+    let cuda = steps.run(format!("fetch the headers of CUDA {}", release.cuda.major), |step| {
+        Cuda::fetch(step, &venv, release.cuda, toolchain.machine)
+    })?;
+    let torch = folder.join(format!("torch/{}-{}", release.version, python.machine));
+    steps.run(format!("fetch c10 of PyTorch {}", release.version), |step| {
+        members::fetch(step, &Index::of_pip(&venv)?, release, &python.machine, &torch)
+    })?;
+    let plans = [Plan { release, number: pins::version_number(release.version)?, torch, cuda: &cuda }];
+    let build = folder.join("build-sanitized");
+    steps.run("compile the library", |step| compile(step, &toolchain, &plans, &venv, &build, Kind::Sanitized))?;
+    steps.run("write the wheel", |step| write(step, &plans, &build, &[], &python.machine, out))
+}
+
+/// Makes what libraries are linked against so that they run wherever [`PLATFORM`] does.
+pub fn platform(steps: &Steps, toolchain: &Toolchain) -> Result<PlatformLibraries> {
+    let folder = toolchain.folder("plugin").join("platform");
+    let name = manylinux::platform(PLATFORM, toolchain.machine.name());
+    steps.run(format!("make what {name} has to link against"), |step| {
+        platform_libraries::prepare(step, &folder, PLATFORM, toolchain)
+    })
 }
 
 /// The releases that `--torch` names, by version (2.11.0) or minor version (2.11); without, all there are for `machine`.
@@ -157,18 +185,25 @@ impl Plan<'_> {
     }
 }
 
-fn compile(
-    step: &Step,
-    toolchain: &Toolchain,
-    plans: &[Plan],
-    venv: &Venv,
-    platform: &PlatformLibraries,
-    build: &Path,
-) -> Result<()> {
+/// What a library is for.
+enum Kind<'a> {
+    /// Linked against what every platform has.
+    Shipped(&'a PlatformLibraries),
+    /// With AddressSanitizer and UBSan, for tests on this machine.
+    Sanitized,
+}
+
+fn compile(step: &Step, toolchain: &Toolchain, plans: &[Plan], venv: &Venv, build: &Path, kind: Kind) -> Result<()> {
     let sums = || -> Vec<_> { plans.iter().map(|plan| sha256_of(&plan.result(build)).ok()).collect() };
     let before = sums();
     let numbers: Vec<_> = plans.iter().map(|plan| plan.number.to_string()).collect();
-    let system: Vec<_> = platform.link.iter().map(|file| file.to_string_lossy()).collect();
+    let kind = match kind {
+        Kind::Shipped(platform) => {
+            let system: Vec<_> = platform.link.iter().map(|file| file.to_string_lossy()).collect();
+            format!("-DPLUGIN_SYSTEM_LIBRARIES={}", system.join(";"))
+        }
+        Kind::Sanitized => "-DPLUGIN_SANITIZE=ON".to_owned(),
+    };
     let mut configure = Command::new(venv.program("cmake"));
     configure
         .args(["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-S"])
@@ -178,7 +213,7 @@ fn compile(
         .arg(format!("-DCMAKE_MAKE_PROGRAM={}", venv.program("ninja").display()))
         .arg(format!("-DTORCH_UVM_CARGO_DIR={}", toolchain.folder("bridge").display()))
         .arg(format!("-DPLUGIN_VERSIONS={}", numbers.join(";")))
-        .arg(format!("-DPLUGIN_SYSTEM_LIBRARIES={}", system.join(";")))
+        .arg(kind)
         .args(toolchain.definitions());
     for plan in plans {
         configure.args(plan.definitions()?);
@@ -258,16 +293,17 @@ fn write(
         let name = library.file_name().unwrap_or_default().to_string_lossy();
         files.insert(format!("{PACKAGE}/{folder}/{name}"), bytes);
     }
+    let package = package::describe(&torch_versions(&plans.iter().map(|plan| plan.number).collect::<Vec<_>>())?)?;
     let wheel = Wheel {
         name: WheelName {
             package: PACKAGE.into(),
-            version: env!("CARGO_PKG_VERSION").into(),
+            version: package::version()?,
             python: "py3".into(),
             abi: "none".into(),
             platform: manylinux::platform(PLATFORM, machine),
         },
-        metadata: metadata(&plans.iter().map(|plan| plan.number).collect::<Vec<_>>())?,
-        entry_points: ENTRY_POINTS.into(),
+        metadata: package.metadata,
+        entry_points: package.entry_points,
         license: &paths::root().join("LICENSE"),
         files,
     };
@@ -295,31 +331,13 @@ fn package_files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     Ok(files)
 }
 
-/// METADATA. pip refuses versions of PyTorch for which the wheel has no library; a gap in between is told at run time.
-fn metadata(numbers: &[u32]) -> Result<String> {
+/// The releases of PyTorch that the wheel serves, as pip takes them: it refuses those that there is no library for. A gap
+/// in between is told at run time.
+fn torch_versions(numbers: &[u32]) -> Result<String> {
     let version = |number: &u32| format!("{}.{}", number / 100, number % 100);
     let first = numbers.iter().min().context("there is no library to be put into the wheel")?;
     let after = numbers.iter().max().map(|last| last + 1).unwrap_or_default();
-    Ok(format!(
-        "Metadata-Version: 2.4\n\
-         Name: torch-uvm\n\
-         Version: {}\n\
-         Summary: A CUDA caching allocator for PyTorch whose memory is unified: models larger than the GPU\n\
-         License-Expression: Apache-2.0\n\
-         License-File: LICENSE\n\
-         Keywords: pytorch,cuda,unified memory,allocator\n\
-         Classifier: Environment :: GPU :: NVIDIA CUDA\n\
-         Classifier: Operating System :: POSIX :: Linux\n\
-         Classifier: Programming Language :: Python :: 3\n\
-         Classifier: Programming Language :: Rust\n\
-         Requires-Python: >=3.9\n\
-         Requires-Dist: torch>={},<{}\n\
-         Provides-Extra: report\n\
-         Requires-Dist: plotly>=5.18; extra == \"report\"\n",
-        env!("CARGO_PKG_VERSION"),
-        version(first),
-        version(&after),
-    ))
+    Ok(format!(">={},<{}", version(first), version(&after)))
 }
 
 #[cfg(test)]
@@ -342,15 +360,9 @@ mod tests {
     }
 
     #[test]
-    fn metadata_names_the_versions_there_are_libraries_for() {
-        let text = metadata(&[206, 207, 215]).unwrap();
-        assert!(text.contains("\nRequires-Dist: torch>=2.6,<2.16\n"), "{text}");
-        assert!(text.contains(concat!("\nVersion: ", env!("CARGO_PKG_VERSION"), "\n")), "{text}");
-        assert!(
-            text.contains("\nProvides-Extra: report\nRequires-Dist: plotly>=5.18; extra == \"report\"\n"),
-            "{text}"
-        );
-        assert!(metadata(&[]).is_err());
+    fn wheel_serves_the_versions_there_are_libraries_for() {
+        assert_eq!(torch_versions(&[206, 207, 215]).unwrap(), ">=2.6,<2.16");
+        assert!(torch_versions(&[]).is_err());
     }
 
     #[test]

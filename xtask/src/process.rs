@@ -1,11 +1,13 @@
 //! Running other programs, with errors that say what was run and what it said.
 
 use std::fs::{self, File};
+use std::io::{self, BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use crate::output;
 use crate::paths::shown;
 
 /// How many lines of a failed program's output are repeated in the error.
@@ -22,7 +24,33 @@ pub fn run(command: &mut Command) -> Result<()> {
 
 /// Runs a program whose output the user should see, and gives back how it ended.
 pub fn status(command: &mut Command) -> Result<ExitStatus> {
-    command.status().with_context(|| format!("cannot start `{}`", line(command)))
+    command
+        .stdout(output::stdio())
+        .stderr(output::stdio())
+        .status()
+        .with_context(|| format!("cannot start `{}`", line(command)))
+}
+
+/// Runs a program whose output the user should see, and shows each line of it to `seen`.
+pub fn watch(command: &mut Command, mut seen: impl FnMut(&str)) -> Result<ExitStatus> {
+    let cannot = || format!("cannot start `{}`", line(command));
+    let (reader, writer) = io::pipe().with_context(cannot)?;
+    let errors = writer.try_clone().with_context(cannot)?;
+    let name = line(command);
+    let started = command.stdout(writer).stderr(errors).spawn();
+    // The command keeps the pipe's ends for writing: until it lets go of them, reading does not end.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = started.with_context(|| format!("cannot start `{name}`"))?;
+    let mut reader = BufReader::new(reader);
+    let mut bytes = Vec::new();
+    while reader.read_until(b'\n', &mut bytes).with_context(|| format!("cannot read what `{name}` says"))? > 0 {
+        let text = String::from_utf8_lossy(&bytes);
+        let text = text.trim_end_matches(['\n', '\r']);
+        output::say(text);
+        seen(text);
+        bytes.clear();
+    }
+    child.wait().with_context(|| format!("cannot wait for `{name}`"))
 }
 
 /// Runs a program and gives back what it wrote to its standard output.
@@ -42,7 +70,8 @@ pub fn run_logged(command: &mut Command, log: &Path) -> Result<()> {
     }
     let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     let errors = file.try_clone().with_context(|| format!("cannot write {}", log.display()))?;
-    let status = status(command.stdin(Stdio::null()).stdout(file).stderr(errors))?;
+    let command = command.stdin(Stdio::null()).stdout(file).stderr(errors);
+    let status = command.status().with_context(|| format!("cannot start `{}`", line(command)))?;
     if !status.success() {
         let said = fs::read(log).unwrap_or_default();
         let said = String::from_utf8_lossy(&said);
@@ -92,6 +121,16 @@ mod tests {
         assert!(error.contains("sh -c") && error.contains("oh no") && error.contains('3'), "{error}");
         let error = capture(&mut Command::new("no-such-program-here")).unwrap_err().to_string();
         assert!(error.contains("no-such-program-here"), "{error}");
+    }
+
+    #[test]
+    fn watched_lines_are_seen() {
+        let mut lines = Vec::new();
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo one; echo two >&2; printf three; exit 4"]);
+        let status = watch(&mut command, |line| lines.push(line.to_owned())).unwrap();
+        assert_eq!((status.code(), lines), (Some(4), vec!["one".to_owned(), "two".to_owned(), "three".to_owned()]));
+        assert!(watch(&mut Command::new("no-such-program-here"), |_| ()).is_err());
     }
 
     #[test]

@@ -10,20 +10,15 @@ use std::process::Command;
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
 
-use crate::fingerprint::{Fingerprint, Stamp};
 use crate::lock::Lock;
 use crate::paths::{self, shown};
-use crate::process;
-use crate::step::{Step, Steps};
+use crate::plugin;
+use crate::simulator_libraries;
+use crate::step::Steps;
 use crate::toolchain::Toolchain;
-use crate::tools;
-use crate::tree;
 
 #[path = "../../sim/capi/stubs/assemble.rs"]
 pub mod libraries;
-
-/// The simulator's cargo profile (`.cargo/config.toml`), and its folder under `target/`.
-pub const PROFILE: &str = "simulator";
 
 /// The machines that the simulator has a profile of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -87,12 +82,17 @@ pub struct Simulator {
 impl Simulator {
     /// Builds the libraries; what is there already is kept.
     pub fn prepare() -> Result<Self> {
-        if env::var_os("CC").is_none() {
-            tools::require(&[tools::CC])?;
-        }
+        let toolchain = Toolchain::native()?;
+        toolchain.require()?;
         let _lock = Lock::take()?;
         let steps = Steps::new("simulator");
-        steps.run("build the simulated CUDA libraries", build)
+        let platform = plugin::platform(&steps, &toolchain)?;
+        steps.run("build the simulated CUDA libraries", |step| {
+            simulator_libraries::build(step, &toolchain, &platform)
+        })?;
+        let folder = paths::simulator_libraries();
+        let libraries = fs::canonicalize(&folder).with_context(|| format!("cannot read {}", shown(&folder)))?;
+        Ok(Self { libraries })
     }
 
     /// The folder they are in.
@@ -116,34 +116,6 @@ fn is_machine_variable(key: &OsString) -> bool {
     ["DEVICE", "HBM", "HOST", "DEVICES", "SEED"]
         .iter()
         .any(|name| key.to_str().is_some_and(|key| key.strip_prefix("TORCH_UVM_SIM_") == Some(name)))
-}
-
-fn build(step: &Step) -> Result<Simulator> {
-    let folder = paths::simulator_libraries();
-    process::run(
-        Command::new(cargo())
-            .args(["build", "--profile", PROFILE, "--package", "torch-uvm-sim-capi"])
-            .current_dir(paths::root()),
-    )?;
-    let engine = paths::target().join(PROFILE).join(libraries::ENGINE);
-    let sources = paths::root().join("sim/capi/stubs");
-    let mut inputs = Fingerprint::new("simulator").file(&engine)?;
-    for file in tree::files(&sources)? {
-        inputs = inputs.file(&sources.join(file))?;
-    }
-    let stamp = Stamp::new(folder.with_added_extension("stamp"), inputs);
-    let made: Vec<_> = libraries::STAND_INS.iter().map(|name| folder.join(name)).collect();
-    let made: Vec<&Path> = made.iter().map(PathBuf::as_path).collect();
-    if stamp.is_fresh(&made) {
-        step.up_to_date();
-    } else {
-        stamp.clear()?;
-        libraries::assemble(Toolchain::native()?.cc(), &engine, &sources, &folder)
-            .with_context(|| format!("cannot make the stand-ins for CUDA's libraries in {}", shown(&folder)))?;
-        stamp.write()?;
-    }
-    let libraries = fs::canonicalize(&folder).with_context(|| format!("cannot read {}", shown(&folder)))?;
-    Ok(Simulator { libraries })
 }
 
 /// The cargo that runs us.

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::output;
+
 /// The steps of one command, printed as they run.
 pub struct Steps {
     command: &'static str,
@@ -18,6 +20,11 @@ pub struct Step {
 }
 
 impl Step {
+    /// A step that nobody is told of, for what is there already.
+    pub fn unseen() -> Self {
+        Self { unchanged: Cell::new(false) }
+    }
+
     /// Notes that the step's result was already there.
     pub fn up_to_date(&self) {
         self.unchanged.set(true);
@@ -25,7 +32,7 @@ impl Step {
 
     /// Prints a line that belongs to this step.
     pub fn note(&self, text: impl Display) {
-        eprintln!("    {text}");
+        output::say(format_args!("    {text}"));
     }
 }
 
@@ -36,22 +43,23 @@ impl Steps {
 
     /// Runs one step. A failure says which step it was.
     pub fn run<T>(&self, what: impl Display, body: impl FnOnce(&Step) -> Result<T>) -> Result<T> {
-        eprintln!("==> {}: {what}", self.command);
+        output::say(format_args!("==> {}: {what}", self.command));
         let started = Instant::now();
         let step = Step { unchanged: Cell::new(false) };
         let result = body(&step).with_context(|| format!("{}: step «{what}» failed", self.command))?;
         let took = seconds(started.elapsed());
-        eprintln!("    {} ({took})", if step.unchanged.get() { "up to date" } else { "done" });
+        output::say(format_args!("    {} ({took})", if step.unchanged.get() { "up to date" } else { "done" }));
         Ok(result)
     }
 
     /// Prints the closing line, with the time that all steps took together.
     pub fn finish(&self, what: impl Display) {
-        eprintln!("==> {}: {what} ({})", self.command, seconds(self.started.elapsed()));
+        output::say(format_args!("==> {}: {what} ({})", self.command, seconds(self.started.elapsed())));
     }
 }
 
-fn seconds(time: Duration) -> String {
+/// A time as the commands tell it.
+pub fn seconds(time: Duration) -> String {
     let seconds = time.as_secs_f64();
     if seconds < 100.0 {
         format!("{seconds:.1} s")

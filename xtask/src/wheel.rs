@@ -23,6 +23,7 @@ use crate::fingerprint::{Fingerprint, Stamp, sha256_of};
 use crate::manylinux;
 use crate::members::{C10, C10_CUDA};
 use crate::official;
+use crate::package;
 use crate::paths::{self, shown};
 use crate::pins::{self, TorchRelease};
 use crate::process;
@@ -362,7 +363,7 @@ fn check(
     name.platform = manylinux::platform(base, machine);
     let release = request.release.version();
     let kind = if request.unpatched { "unpatched" } else { "uvm" };
-    name.version = format!("{release}+{kind}.{}", env!("CARGO_PKG_VERSION"));
+    name.version = format!("{release}+{kind}.{}", package::version()?);
     step.note(format_args!("needs glibc {}.{} or newer: {}", base.0, base.1, name.file_name()));
     Ok(name)
 }

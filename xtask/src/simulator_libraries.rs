@@ -1,5 +1,5 @@
-//! The simulator's libraries as the plug-in's wheel carries them, for `python -m torch_uvm simulate`: those of [`crate::sim`],
-//! without debug information, and linked so that they run wherever the wheel does.
+//! The simulator's libraries: for the commands here, and for `python -m torch_uvm simulate`, as the plug-in's wheel carries
+//! them. They hold no debug information, and are linked so that they run wherever the wheel does.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::elf::Library;
-use crate::fingerprint::sha256_of;
+use crate::fingerprint::{Fingerprint, Stamp};
 use crate::manylinux::{self, Glibc};
 use crate::paths::{self, shown};
 use crate::platform_libraries::{self, PlatformLibraries};
@@ -17,17 +17,20 @@ use crate::process;
 use crate::sim::{self, libraries};
 use crate::step::Step;
 use crate::toolchain::{Machine, Toolchain};
+use crate::tree;
 
 /// Another name for `libcuda.so.1`. A wheel holds no links, so it is a copy there; the loader takes no harm from it.
 const ALIAS: &str = "libcuda.so";
 
-/// Builds the libraries in `folder`; what is there already is kept. The files that the wheel is to carry.
-pub fn build(step: &Step, toolchain: &Toolchain, folder: &Path, platform: &PlatformLibraries) -> Result<Vec<PathBuf>> {
+/// The simulator's cargo profile (`.cargo/config.toml`), and its folder under `target/`.
+const PROFILE: &str = "simulator";
+
+/// Builds the libraries; what is there already is kept. The files that the wheel is to carry.
+pub fn build(step: &Step, toolchain: &Toolchain, platform: &PlatformLibraries) -> Result<Vec<PathBuf>> {
+    let folder = toolchain.folder("sim");
     let out = folder.join("lib");
     let files: Vec<_> =
         [libraries::ENGINE, ALIAS].iter().chain(&libraries::STAND_INS).map(|name| out.join(name)).collect();
-    let sums = || -> Vec<_> { files.iter().map(|file| sha256_of(file).ok()).collect() };
-    let before = sums();
     let by_name = folder.join("link");
     link_names(&by_name, platform)?;
     let missing = folder.join("glibc.o");
@@ -42,9 +45,7 @@ pub fn build(step: &Step, toolchain: &Toolchain, folder: &Path, platform: &Platf
     // `atexit` and `pthread_atfork` are no functions of libc: each library has its own.
     let own = platform_libraries::compilers_file(toolchain, "libc_nonshared.a")?;
     let mut cargo = Command::new(sim::cargo());
-    cargo.args(["rustc", "--profile", sim::PROFILE, "--package", "torch-uvm-sim-capi", "--lib", "--target-dir"]);
-    let target = folder.join("cargo");
-    cargo.arg(&target);
+    cargo.args(["rustc", "--profile", PROFILE, "--package", "torch-uvm-sim-capi", "--lib"]);
     toolchain.apply(&mut cargo);
     cargo.args(["--", "-C", "strip=symbols", "-C", "link-arg=-Wl,-z,defs", "-C"]);
     cargo.arg(format!("link-arg=-L{}", by_name.display()));
@@ -52,12 +53,22 @@ pub fn build(step: &Step, toolchain: &Toolchain, folder: &Path, platform: &Platf
         cargo.arg("-C").arg(format!("link-arg={}", file.display()));
     }
     process::run(cargo.current_dir(paths::root()))?;
-    let engine = toolchain.results(&target).join(sim::PROFILE).join(libraries::ENGINE);
-    libraries::assemble(toolchain.cc(), &engine, &paths::root().join("sim/capi/stubs"), &out)
-        .with_context(|| format!("cannot make the stand-ins for CUDA's libraries in {}", shown(&out)))?;
-    if before == sums() {
-        step.up_to_date();
+    let engine = toolchain.results(&paths::target()).join(PROFILE).join(libraries::ENGINE);
+    let sources = paths::root().join("sim/capi/stubs");
+    let mut inputs = Fingerprint::new("simulator").file(&engine)?;
+    for file in tree::files(&sources)? {
+        inputs = inputs.file(&sources.join(file))?;
     }
+    // Programs may be running on them: they are not written anew without need.
+    let stamp = Stamp::new(out.with_added_extension("stamp"), inputs);
+    if stamp.is_fresh(&files.iter().map(PathBuf::as_path).collect::<Vec<_>>()) {
+        step.up_to_date();
+        return Ok(files);
+    }
+    stamp.clear()?;
+    libraries::assemble(toolchain.cc(), &engine, &sources, &out)
+        .with_context(|| format!("cannot make the stand-ins for CUDA's libraries in {}", shown(&out)))?;
+    stamp.write()?;
     Ok(files)
 }
 
