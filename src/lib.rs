@@ -37,6 +37,7 @@ pub mod settings_string;
 pub mod sizes;
 pub mod stats;
 pub mod streams;
+mod sync;
 pub mod tables;
 pub mod thread_cache;
 pub mod tracer;

@@ -14,10 +14,9 @@
 use crate::driver::{DeviceIndex, DevicePtr, Stream};
 use crate::ids::{BlockId, ThreadId};
 use crate::sizes::round_to_block;
-use parking_lot::Mutex;
+use crate::sync::{AtomicBool, AtomicU32, Mutex, Ordering};
 use std::cell::RefCell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// How many blocks a cache holds: a loop body seldom frees more before it allocates again.
 const SLOTS: usize = 8;
@@ -275,7 +274,10 @@ pub fn park(
     .unwrap_or((false, None))
 }
 
-#[cfg(test)]
+#[cfg(all(test, loom))]
+mod orders;
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
