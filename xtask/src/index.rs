@@ -54,6 +54,13 @@ impl Index {
         RemoteFile::open(self.agent.clone(), joined(&page, &link))
     }
 
+    /// The newest release of `package` that has wheels; pre-releases do not count.
+    pub fn newest(&self, package: &str) -> Result<Option<String>> {
+        let page = format!("{}{package}/", self.url);
+        let text = self.page(&page).with_context(|| format!("cannot read {}", public(&page)))?;
+        Ok(newest(links(&text).map(|link| file_name(&link).to_owned())))
+    }
+
     fn page(&self, page: &str) -> Result<String> {
         retried(|| {
             let request = self.agent.get(page).header("Accept", "application/vnd.pypi.simple.v1+html, text/html");
@@ -119,6 +126,18 @@ fn links(page: &str) -> impl Iterator<Item = String> {
         let quote = rest.chars().next().filter(|quote| "\"'".contains(*quote))?;
         Some(rest[1..].split(quote).next()?.replace("&amp;", "&"))
     })
+}
+
+/// The newest version among the names of wheels, of those that are numbers alone.
+fn newest(files: impl Iterator<Item = String>) -> Option<String> {
+    let version = |file: String| file.strip_suffix(".whl")?.split('-').nth(1).map(str::to_owned);
+    let numbers =
+        |version: &String| version.split('.').map(|part| part.parse::<u32>().ok()).collect::<Option<Vec<_>>>();
+    files
+        .filter_map(version)
+        .filter_map(|version| Some((numbers(&version)?, version)))
+        .max()
+        .map(|(_, version)| version)
 }
 
 /// The name of the file that a link leads to.
@@ -344,6 +363,14 @@ mod tests {
         let found: Vec<_> = links(page).collect();
         assert_eq!(found, ["../../p/a/torch-1.whl#sha256=1", "https://h/t-2.whl?a=1&b=2"]);
         assert_eq!(found.iter().map(|link| file_name(link)).collect::<Vec<_>>(), ["torch-1.whl", "t-2.whl"]);
+    }
+
+    #[test]
+    fn newest_release_is_the_highest_number() {
+        let files =
+            ["torch-2.9.1-cp311-x.whl", "torch-2.15.0-cp311-x.whl", "torch-2.16.0rc1-cp311-x.whl", "torch-3.0.tar.gz"];
+        assert_eq!(newest(files.iter().map(|file| file.to_string())).as_deref(), Some("2.15.0"));
+        assert_eq!(newest(std::iter::empty()), None);
     }
 
     #[test]

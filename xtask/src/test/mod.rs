@@ -93,6 +93,9 @@ pub fn run(part: Option<Part>, torch: &str, arguments: &[String]) -> Result<Exit
     for outcome in &outcomes {
         output::say(outcome.line());
     }
+    if let Some(note) = usual.contains(&&Part::Plugin).then(python::newer_than_tested).flatten() {
+        output::say(format_args!("==> note: {note}"));
+    }
     let failed = outcomes.iter().any(|outcome| outcome.error.is_some());
     let logs = if apart { format!("; logs in {}", shown(&paths::test_logs())) } else { String::new() };
     output::say(format_args!("==> test: {} steps in {}{logs}", outcomes.len(), seconds(started.elapsed())));

@@ -9,10 +9,14 @@ use anyhow::{Context, Result};
 use super::counts::Counts;
 use super::schedule::Task;
 use super::{Part, Run, counted, making, testing};
+use crate::build_tools;
 use crate::environment::{self, Environment};
+use crate::index::Index;
 use crate::pins::{self, OfficialTorch};
 use crate::process;
+use crate::python::Python;
 use crate::sim::Simulator;
+use crate::step::Step;
 use crate::{output, paths};
 
 /// Names the folder of the simulator's libraries to the Python tests, which put their own programs on it.
@@ -78,6 +82,15 @@ pub fn add<'a>(run: &'a Run, parts: &[&Part], tasks: &mut Vec<Task<'a>>) {
         let name = format!("adapter: PyTorch {}", run.torch);
         tasks.push(testing(name, &["simulator", &patched], processes, || adapter_tests(run)));
     }
+}
+
+/// What to say where the package index has a newer PyTorch than the tests. Whether it is there is no test of ours.
+pub fn newer_than_tested() -> Option<String> {
+    let tools = build_tools::prepare(&Step::unseen(), &Python::find(None).ok()?).ok()?;
+    let there = Index::of_pip(&tools).ok()?.newest("torch").ok()??;
+    let tested = newest().version();
+    let note = format!("the package index has PyTorch {there}; the newest in xtask/src/pins.rs is {tested}");
+    (there != tested).then_some(note)
 }
 
 fn official(torch: &OfficialTorch) -> String {
