@@ -308,3 +308,33 @@ impl PlaceStats {
         self.unplaced.set(populated.unplaced);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resets_leave_what_is_there_now() {
+        let level = Level { current: 3, peak: 5 };
+        let mut stats = PlaceStats { host: level, stage: 2, moved_out: 7, prefetches: 1, ..PlaceStats::default() };
+        stats.reset_accumulated();
+        assert_eq!(stats, PlaceStats { host: level, stage: 2, ..PlaceStats::default() });
+        stats.reset_peak();
+        assert_eq!(stats.host, Level { current: 3, peak: 3 });
+    }
+
+    #[test]
+    fn numbers_have_columns() {
+        let stats = PlaceStats { unplaced: Level { current: 1, peak: 2 }, regrets: 9, ..PlaceStats::default() };
+        let (columns, numbers) = (PlaceStats::columns(), stats.numbers());
+        assert_eq!(columns.len(), numbers.len());
+        let of = |name: &str| columns.iter().position(|column| column.name == name).map(|at| numbers[at]);
+        assert_eq!(
+            (of("populated_unplaced"), of("populated_unplaced_peak"), of("regrets")),
+            (Some(1), Some(2), Some(9))
+        );
+        let path = |name: &str| columns.iter().find(|column| column.name == name).map(|column| column.path.to_string());
+        assert_eq!(path("populated_unplaced_peak").as_deref(), Some("populated_bytes.unplaced.peak"));
+        assert_eq!(path("regrets").as_deref(), Some("regrets"));
+    }
+}

@@ -2,6 +2,7 @@
 
 mod caching;
 mod faults;
+mod figures;
 mod hints;
 mod limits;
 mod model;
