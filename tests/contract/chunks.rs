@@ -184,7 +184,7 @@ pub fn figures_are_exact(machine: &dyn Machine) {
     let host = || driver.host_memory().unwrap().available;
     let integrated = driver.device_info(DEVICE).unwrap().integrated;
     for at in places(machine) {
-        let (on_device, in_host, bytes) = (device(), host(), 64 * MIB);
+        let (on_device, in_host, bytes) = (device(), host(), 16 * MIB);
         let chunk = driver.chunk_create(at, bytes, false).unwrap();
         println!(
             "{at:?}: {bytes} bytes take {} of the device and {} of the host",
@@ -246,7 +246,7 @@ pub fn bytes_belong_to_the_chunk(machine: &dyn Machine) {
 pub fn contents_move_under_a_fixed_address(machine: &dyn Machine) {
     let driver = machine.driver();
     let places = places(machine);
-    let bytes = 32 * MIB;
+    let bytes = 8 * MIB;
     let (mut segment, mut aside) = (Reserved::new(machine, 3 * bytes), Reserved::new(machine, bytes));
     for part in 0..3 {
         segment.fill(ON_DEVICE, part * bytes, bytes);
@@ -479,7 +479,7 @@ pub fn a_descriptor_keeps_the_memory(machine: &dyn Machine) {
     Reserved::new(machine, 2 * MIB).fill(ON_DEVICE, 0, 2 * MIB);
     let free = || driver.device_memory(DEVICE).unwrap().free;
     for at in places(machine) {
-        let (before, bytes) = (free(), 32 * MIB);
+        let (before, bytes) = (free(), 8 * MIB);
         let chunk = driver.chunk_create(at, bytes, true).unwrap();
         let mut segment = Reserved::new(machine, bytes);
         let range = segment.map(0, bytes, chunk);
@@ -577,8 +577,11 @@ pub fn host_chunks_are_counted(machine: &dyn Machine) {
     machine.assert_bytes(range.ptr, &[6; 100], "as before");
 }
 
-/// What the calls cost. Told, not asserted.
+/// What the calls cost. Told, not asserted; a simulated machine's own speed says nothing.
 pub fn costs_are_told(machine: &dyn Machine) {
+    if !machine.is_real() {
+        return;
+    }
     let driver = machine.driver();
     for at in places(machine) {
         for mib in [2, 20, 128] {
