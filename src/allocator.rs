@@ -2,6 +2,7 @@
 
 mod hints;
 mod private_pools;
+mod statistics;
 
 pub use hints::Hints;
 pub use private_pools::PrivatePools;
@@ -16,12 +17,11 @@ use crate::device::state::DeviceState;
 use crate::device::{allocations, check, figures, reclaim, snapshot};
 use crate::driver::{DeviceIndex, DevicePtr, Driver, IpcHandle, Stream};
 use crate::error::{Error, Result};
-use crate::history::{Context, PlaceSample, Recording};
+use crate::history::{Context, Recording};
 use crate::ids::MempoolId;
 use crate::options::{NativeOptions, Options};
 use crate::placement::check_supported;
 use crate::sizes::REQUEST_LIMIT;
-use crate::stats::{DeviceStats, PlaceStats, StatArray};
 use crate::thread_cache;
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -243,10 +243,12 @@ impl Allocator {
         self.with_owner(ptr, |state| allocations::base_allocation(state, ptr))
     }
 
-    /// A handle by which another process opens the segment of this allocation, and the allocation's offset in it in bytes.
+    /// A handle by which another process opens the segment of this allocation, and the allocation's offset in it in
+    /// bytes.
     ///
     /// # Errors
-    /// [`Error::NotSupported`] for managed memory, of which CUDA gives no handles; [`Error::InvalidPointer`]; the driver's.
+    /// [`Error::NotSupported`] for managed memory, of which CUDA gives no handles; [`Error::InvalidPointer`]; the
+    /// driver's.
     pub fn ipc_handle(&self, ptr: DevicePtr) -> Result<(IpcHandle, u64)> {
         self.with_owner(ptr, |state| allocations::ipc_handle(state, ptr))
     }
@@ -261,32 +263,8 @@ impl Allocator {
         PrivatePools { allocator: self, device }
     }
 
-    /// What is populated where on a device, and what moved.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device.
-    pub fn place_stats(&self, device: DeviceIndex) -> Result<PlaceStats> {
-        Ok(flushed(self.device(device)?).accounting().places)
-    }
-
-    /// How what is populated where has changed while the memory history was recorded, oldest first.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device.
-    pub fn place_samples(&self, device: DeviceIndex) -> Result<Vec<PlaceSample>> {
-        Ok(flushed(self.device(device)?).accounting().samples())
-    }
-
-    /// The segments of a device by address, and where their pages lie.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device.
-    pub fn segment_places(&self, device: DeviceIndex) -> Result<Vec<SegmentPlace>> {
-        Ok(snapshot::segment_places(&flushed(self.device(device)?)))
-    }
-
-    /// Gives cached memory back to CUDA: everything that can be, or only that of one released pool. Waits for frees that wait
-    /// for events. Nothing while a CUDA graph is captured.
+    /// Gives cached memory back to CUDA: everything that can be, or only that of one released pool. Waits for frees
+    /// that wait for events. Nothing while a CUDA graph is captured.
     ///
     /// # Errors
     /// The driver's.
@@ -315,7 +293,8 @@ impl Allocator {
         Ok(flushed(self.device(device)?).limits().budget.fraction())
     }
 
-    /// Limits what the process may populate to a fraction of the device's memory; 1 lifts the limit, the capacity stays.
+    /// Limits what the process may populate to a fraction of the device's memory; 1 lifts the limit, the capacity
+    /// stays.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device or a fraction outside [0, 1].
@@ -324,40 +303,6 @@ impl Allocator {
             return Err(Error::InvalidArgument(format!("invalid fraction: {fraction}. Please set within (0, 1).")));
         }
         flushed(self.device(device)?).limits().budget.set_fraction(fraction);
-        Ok(())
-    }
-
-    /// The statistics of a device.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device.
-    pub fn device_stats(&self, device: DeviceIndex) -> Result<DeviceStats> {
-        Ok(flushed(self.device(device)?).accounting().stats)
-    }
-
-    /// The bytes reserved in each private pool of a device; those of pools that are gone stay, at 0, until a reset.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device.
-    pub fn pool_reserved(&self, device: DeviceIndex) -> Result<Vec<(MempoolId, StatArray)>> {
-        Ok(flushed(self.device(device)?).accounting().pool_reserved().collect())
-    }
-
-    /// Starts the accumulated statistics anew.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device.
-    pub fn reset_accumulated_stats(&self, device: DeviceIndex) -> Result<()> {
-        flushed(self.device(device)?).reset_accumulated_stats();
-        Ok(())
-    }
-
-    /// Starts the peaks anew.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device.
-    pub fn reset_peak_stats(&self, device: DeviceIndex) -> Result<()> {
-        flushed(self.device(device)?).reset_peak_stats();
         Ok(())
     }
 

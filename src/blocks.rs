@@ -1,8 +1,8 @@
 //! Blocks: pure data structures, no CUDA.
 //!
-//! A [`Block`] is a range of bytes inside one segment. The blocks of a segment form a list in address order without gaps;
-//! free neighbours are always merged. Which of the free ones serves a request is for their
-//! [free list](crate::free_list::FreeList).
+//! A [`Block`] is a range of bytes inside one segment. The blocks of a segment form a list in address order without
+//! gaps; free neighbours are always merged. Which of the free ones serves a request is for their [free
+//! list](crate::free_list::FreeList).
 
 use crate::ids::{BlockId, ListId, SegmentId, ThreadId};
 
@@ -15,7 +15,8 @@ pub enum BlockState {
     Allocated,
     /// Freed by the program, but streams it was recorded on may still use it.
     Pending,
-    /// Decommitted: whole pages of a growing segment whose contents were discarded. In no free list; neighbours are merged.
+    /// Decommitted: whole pages of a growing segment whose contents were discarded. In no free list; neighbours are
+    /// merged.
     Decommitted,
 }
 
@@ -52,7 +53,8 @@ pub struct Block {
     pub has_context: bool,
     /// Whether it counted as oversize (`max_split_size_mb`) when it was handed out: the setting may change.
     pub oversize: bool,
-    /// Whether something may be special about pages that it lies in ([`crate::pages::PageFlags`]). The flags are the truth.
+    /// Whether something may be special about pages that it lies in ([`crate::pages::PageFlags`]). The flags are the
+    /// truth.
     pub may_have_flags: bool,
     /// The thread whose cache it is in: that knows whether it is the program's now.
     pub thread: ThreadId,

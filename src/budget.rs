@@ -95,8 +95,8 @@ impl Budget {
         self.fraction = Some(fraction);
     }
 
-    /// The per-process limit in bytes. As PyTorch documents it, a fraction of the *device's* memory, so that a program that
-    /// divides bytes by the device's total gets the bytes it meant; 1 lifts the limit.
+    /// The per-process limit in bytes. As PyTorch documents it, a fraction of the *device's* memory, so that a program
+    /// that divides bytes by the device's total gets the bytes it meant; 1 lifts the limit.
     pub fn allowed(&self) -> Option<u64> {
         self.fraction.filter(|&fraction| fraction < 1.0).map(|fraction| (fraction * self.device_memory as f64) as u64)
     }

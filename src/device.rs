@@ -2,8 +2,8 @@
 //!
 //! `DeviceState` is made of parts that know nothing of each other: the [heap](crate::heap), the
 //! [accounting](crate::accounting), the [tracer](crate::tracer), the [conversation with the driver](crate::gpu), what
-//! [waits](crate::streams), the threads' caches, the limits, the [evictions](crate::pressure). What happens to them together is
-//! told in one module a question:
+//! [waits](crate::streams), the threads' caches, the limits, the [evictions](crate::pressure). What happens to them
+//! together is told in one module a question:
 //!
 //! | module | question |
 //! |---|---|

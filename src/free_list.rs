@@ -1,7 +1,7 @@
 //! Free lists: best fit in constant time. Pure data structures, no CUDA.
 //!
-//! A [`FreeList`] finds the smallest free block that fits: one bin for each multiple of 512 bytes up to 1 MiB, then 64 bins
-//! to a power of two, with a bitmap over the bins (two-level segregated fit, Masmano et al., ECRTS 2004).
+//! A [`FreeList`] finds the smallest free block that fits: one bin for each multiple of 512 bytes up to 1 MiB, then 64
+//! bins to a power of two, with a bitmap over the bins (two-level segregated fit, Masmano et al., ECRTS 2004).
 
 use crate::blocks::{Block, Blocks};
 use crate::ids::BlockId;

@@ -1,5 +1,5 @@
-//! The conversation with the driver about one device: what every layer above asks of CUDA, and how it stays legal while some
-//! stream captures. Whatever fails half-way is undone before the error is reported.
+//! The conversation with the driver about one device: what every layer above asks of CUDA, and how it stays legal while
+//! some stream captures. Whatever fails half-way is undone before the error is reported.
 
 use crate::driver::{
     Advice, CaptureMode, DeviceIndex, DeviceInfo, DevicePtr, Driver, DriverError, Location, Range, Result, Stream,
@@ -134,9 +134,9 @@ impl Gpu {
         }
     }
 
-    /// Waits for all work on the device. Making and freeing an empty range takes microseconds, and waits also where some
-    /// stream captures, which synchronising the device would spoil; and the program may have destroyed the streams that used
-    /// cached memory.
+    /// Waits for all work on the device. Making and freeing an empty range takes microseconds, and waits also where
+    /// some stream captures, which synchronising the device would spoil; and the program may have destroyed the streams
+    /// that used cached memory.
     pub fn wait_for_work(&mut self) -> Result<()> {
         let empty = self.driver.alloc_managed(self.index, SMALL_STEP)?;
         let freed = self.free(empty);
@@ -184,8 +184,8 @@ impl Gpu {
         done.map_err(|error| DiscardError { error, discarded })
     }
 
-    /// Drops the contents of a managed range that no stream uses any more, and waits: whatever stream populates and uses
-    /// these bytes next comes after.
+    /// Drops the contents of a managed range that no stream uses any more, and waits: whatever stream populates and
+    /// uses these bytes next comes after.
     pub fn discard_unused(&mut self, range: Range) -> std::result::Result<(), DiscardError> {
         let failed = |discarded| move |error| DiscardError { error, discarded };
         let side = self.side_stream().map_err(failed(false))?;
@@ -193,8 +193,8 @@ impl Gpu {
         self.driver.stream_synchronize(self.index, side).map_err(failed(true))
     }
 
-    /// Queues `work` on the side stream in the order of another stream, which does not capture: after what is queued there,
-    /// and before what comes next.
+    /// Queues `work` on the side stream in the order of another stream, which does not capture: after what is queued
+    /// there, and before what comes next.
     fn run_on_side_stream(
         &mut self,
         stream: Stream,

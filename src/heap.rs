@@ -1,9 +1,9 @@
-//! The heap of one device: which bytes are in use, which are free, and who may have them. Pure data structures: no CUDA,
-//! no statistics, no history.
+//! The heap of one device: which bytes are in use, which are free, and who may have them. Pure data structures: no
+//! CUDA, no statistics, no history.
 //!
-//! A request is served from the [free list](crate::free_list::FreeList) of its pool, size class and stream. The rest of a block
-//! is split off, and what becomes free is merged with its free neighbours. Where segments come from, how they grow and
-//! shrink is in `address_space.rs`.
+//! A request is served from the [free list](crate::free_list::FreeList) of its pool, size class and stream. The rest of
+//! a block is split off, and what becomes free is merged with its free neighbours. Where segments come from, how they
+//! grow and shrink is in `address_space.rs`.
 
 mod address_space;
 #[cfg(test)]
@@ -83,9 +83,9 @@ pub struct Heap {
     live: FxHashMap<u64, BlockId>,
 }
 
-/// The smallest free block of at least `bytes` that `fits`. But the end of a growing segment is taken last: there a large
-/// request grows in place, elsewhere it needs a hole of its size (wilderness preservation; Wilson, Johnstone, Neely and
-/// Boles, Dynamic Storage Allocation, 1995, 3.3).
+/// The smallest free block of at least `bytes` that `fits`. But the end of a growing segment is taken last: there a
+/// large request grows in place, elsewhere it needs a hole of its size (wilderness preservation; Wilson, Johnstone,
+/// Neely and Boles, Dynamic Storage Allocation, 1995, 3.3).
 #[inline]
 fn best_fit_of(free: &FreeList, blocks: &Blocks, bytes: u64, fits: impl Fn(&Block) -> bool) -> Option<BlockId> {
     let is_end = |block: &Block| block.growing && block.next == BlockId::NONE;
@@ -110,8 +110,8 @@ impl Heap {
         if max_split == u64::MAX {
             return best_fit_of(&list.free, &self.blocks, request.rounded, |_| true);
         }
-        // Oversize blocks are segments of their own: neither split for small requests, nor wasted on much smaller ones. What
-        // would be made anew for the request is never too large for it.
+        // Oversize blocks are segments of their own: neither split for small requests, nor wasted on much smaller ones.
+        // What would be made anew for the request is never too large for it.
         let made = population_step(request.rounded, request.rounded, 0, native);
         let ceiling = request.rounded.saturating_add(native.max_non_split_rounding_size);
         let oversize = request.rounded >= max_split;

@@ -2,10 +2,10 @@
 //!
 //! Layers, each of which only knows those below it; `tests/architecture.rs` sees to that:
 //! `bridge` (C++); [`allocator`], the process; [`device`], what happens under one device's lock; the parts of a device, which
-//! know nothing of each other or of it: [`heap`] (no CUDA in it), [`accounting`], [`tracer`], [`gpu`] (the conversation with
-//! the driver), [`streams`], [`thread_cache`], [`pressure`], [`placement`], [`budget`]; data: [`blocks`], [`free_list`],
-//! [`pools`], [`segments`], [`pages`], [`options`], [`stats`], [`history`], and [`hooks`], the port to PyTorch; [`ids`],
-//! [`sizes`], [`place`], [`error`]; [`driver`], the port to CUDA.
+//! know nothing of each other or of it: [`heap`] (no CUDA in it), [`accounting`], [`tracer`], [`gpu`] (the conversation
+//! with the driver), [`streams`], [`thread_cache`], [`pressure`], [`placement`], [`budget`]; data: [`blocks`],
+//! [`free_list`], [`pools`], [`segments`], [`pages`], [`options`], [`stats`], [`history`], and [`hooks`], the port to
+//! PyTorch; [`ids`], [`sizes`], [`place`], [`error`]; [`driver`], the port to CUDA.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 #![warn(missing_docs)]

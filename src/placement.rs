@@ -130,9 +130,9 @@ pub fn home(place: Place, device: DeviceIndex, info: &DeviceInfo) -> Option<Loca
     }
 }
 
-/// Whether the free end of a growing segment can be given back without the rest: by discarding it. Then what was discarded
-/// must be populated before it is used again. Of memory that the host holds nothing would come back: the driver keeps its
-/// pages, and only on the device it takes them for others.
+/// Whether the free end of a growing segment can be given back without the rest: by discarding it. Then what was
+/// discarded must be populated before it is used again. Of memory that the host holds nothing would come back: the
+/// driver keeps its pages, and only on the device it takes them for others.
 pub fn can_shrink(place: Place, info: &DeviceInfo, options: &Options) -> bool {
     info.discard
         && !info.integrated

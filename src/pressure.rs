@@ -26,8 +26,8 @@ impl Pressure {
         self.stage
     }
 
-    /// Where a device stands with `resident` bytes of `limit` populated and `more` wanted. `keep` is the threshold of the
-    /// options, in bytes. Answers whether the stage has changed.
+    /// Where a device stands with `resident` bytes of `limit` populated and `more` wanted. `keep` is the threshold of
+    /// the options, in bytes. Answers whether the stage has changed.
     pub fn observe(&mut self, limit: u64, resident: u64, more: u64, keep: u64) -> bool {
         let wanted = resident.saturating_add(more);
         let free = limit.saturating_sub(wanted);
@@ -54,8 +54,8 @@ impl Pressure {
     }
 }
 
-/// So many bytes must be free before the device is called ample again: half as much again as the threshold, but no more than
-/// there can be.
+/// So many bytes must be free before the device is called ample again: half as much again as the threshold, but no more
+/// than there can be.
 fn leave(limit: u64, keep: u64) -> u64 {
     keep.saturating_add(keep / 2).min(limit.max(keep))
 }
@@ -73,19 +73,20 @@ pub struct Resident {
 
 /// Which live allocations are evicted from the device to host memory, and how much of each.
 ///
-/// Programs that train or infer touch what lives long in turns, once a step: of such memory whatever is evicted is needed
-/// again, and the least recently used is needed next. So what came first stays (weights), and what came last goes
-/// (optimizer state, caches of keys and values); what lives short (activations) stays by all means.
+/// Programs that train or infer touch what lives long in turns, once a step: of such memory whatever is evicted is
+/// needed again, and the least recently used is needed next. So what came first stays (weights), and what came last
+/// goes (optimizer state, caches of keys and values); what lives short (activations) stays by all means.
 ///
-/// The clock is the bytes that the program has freed, so that time passes where memory comes and goes, and stands still while
-/// a model is loaded. An allocation lives long when twice the device limit was freed since: few activations see that, and where
-/// they do, evicting them was premature and the age demanded grows. Less would do for inference, but in training what should go, the
-/// optimizer's state, is only made at the end of the first step.
+/// The clock is the bytes that the program has freed, so that time passes where memory comes and goes, and stands still
+/// while a model is loaded. An allocation lives long when twice the device limit was freed since: few activations see
+/// that, and where they do, evicting them was premature and the age demanded grows. Less would do for inference, but in
+/// training what should go, the optimizer's state, is only made at the end of the first step.
 #[derive(Clone, Copy, Debug)]
 pub struct EvictionPolicy {
     /// The age demanded, in device limits.
     limits: u64,
-    /// Not before so many bytes were freed in all: the last search found too little, or more memory was placed in the host.
+    /// Not before so many bytes were freed in all: the last search found too little, or more memory was placed in the
+    /// host.
     not_before: u64,
 }
 
@@ -122,13 +123,14 @@ impl EvictionPolicy {
         clock >= self.not_before
     }
 
-    /// More memory was placed in the host because the device limit was met. What is new in the program may be what should
-    /// go, and is too young to tell: nothing moves before it is old enough.
+    /// More memory was placed in the host because the device limit was met. What is new in the program may be what
+    /// should go, and is too young to tell: nothing moves before it is old enough.
     pub fn overflowed(&mut self, clock: u64, limit: u64) {
         self.not_before = clock.saturating_add(self.age(limit));
     }
 
-    /// Which of the allocations make room for `wanted` bytes: addresses, and bytes of each. None, where that is not enough.
+    /// Which of the allocations make room for `wanted` bytes: addresses, and bytes of each. None, where that is not
+    /// enough.
     pub fn choose(&mut self, mut all: Vec<Resident>, clock: u64, limit: u64, wanted: u64) -> Vec<(u64, u64)> {
         all.retain(|one| clock.saturating_sub(one.born) >= self.age(limit));
         if all.iter().map(|one| one.bytes).sum::<u64>() < wanted {
@@ -163,9 +165,9 @@ impl EvictionPolicy {
 
 /// When live memory that was evicted is promoted: comes back to the device.
 ///
-/// It may at once, when the program has given memory back and the device is ample. But one that empties its cache in each step
-/// needs the room again in the next: where what came back had to go again before it had lived long, it waits, and each time
-/// twice as long as the last.
+/// It may at once, when the program has given memory back and the device is ample. But one that empties its cache in
+/// each step needs the room again in the next: where what came back had to go again before it had lived long, it waits,
+/// and each time twice as long as the last.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PromotionPolicy {
     /// How many quarters of the device limit are freed between an eviction and the next promotion.

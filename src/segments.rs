@@ -1,9 +1,9 @@
 //! Segments: ranges of address space taken from CUDA, and how much of each is populated.
 //!
-//! A *growing* segment is managed address space of which only the start is populated; it grows as blocks
-//! need it, so that large and changing requests tile into one range. Where CUDA can discard memory, its free pages can be
-//! given back alone: those at its end, and others, which leave decommitted blocks. A *fixed* segment is populated
-//! whole when it is made: plain device memory, a MemPool's own allocator, and oversize requests.
+//! A *growing* segment is managed address space of which only the start is populated; it grows as blocks need it, so
+//! that large and changing requests tile into one range. Where CUDA can discard memory, its free pages can be given
+//! back alone: those at its end, and others, which leave decommitted blocks. A *fixed* segment is populated whole when
+//! it is made: plain device memory, a MemPool's own allocator, and oversize requests.
 
 use crate::driver::DevicePtr;
 use crate::history::Context;
@@ -137,9 +137,9 @@ fn round_to_division(bytes: u64, divisions: u64) -> u64 {
     }
 }
 
-/// How many bytes to populate for a request of `bytes` (rounded) that lacks `missing` of them, at `offset` bytes from the
-/// start of its segment. Where it is more than what is missing, population ends at a multiple of the step, so that a segment
-/// never has more than the next multiple of what its blocks need, whatever larger requests lie in between.
+/// How many bytes to populate for a request of `bytes` (rounded) that lacks `missing` of them, at `offset` bytes from
+/// the start of its segment. Where it is more than what is missing, population ends at a multiple of the step, so that
+/// a segment never has more than the next multiple of what its blocks need, whatever larger requests lie in between.
 pub fn population_step(bytes: u64, missing: u64, offset: u64, native: &NativeOptions) -> u64 {
     if bytes <= SMALL_LIMIT {
         SMALL_STEP

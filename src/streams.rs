@@ -5,8 +5,8 @@
 //! stream captures, events may not be recorded for this purpose nor queried, so such frees are deferred until
 //! no capture is underway.
 //!
-//! An event that CUDA refuses (its stream was destroyed) concerns one block only: that stays unavailable, and nobody else
-//! hears of it. It is tried again when memory is given back or runs out, not at each request.
+//! An event that CUDA refuses (its stream was destroyed) concerns one block only: that stays unavailable, and nobody
+//! else hears of it. It is tried again when memory is given back or runs out, not at each request.
 //!
 //! This module knows which blocks wait for what; it does not know what becomes of a block that has finished waiting.
 
@@ -74,8 +74,8 @@ impl Waits {
 
     /// A block with uses was freed: records its events. Answers whether there is anything to wait for.
     ///
-    /// A stream may capture although its user's device knows of none: it is another device's, or the program captures by
-    /// itself. An event recorded there would be part of the graph and never complete, so the block is deferred.
+    /// A stream may capture although its user's device knows of none: it is another device's, or the program captures
+    /// by itself. An event recorded there would be part of the graph and never complete, so the block is deferred.
     ///
     /// Uses whose event CUDA refuses are kept, and the block stays unavailable until the events can be recorded.
     pub fn freed(&mut self, driver: &dyn Driver, block: BlockId) -> bool {
@@ -129,8 +129,8 @@ impl Waits {
         for _ in 0..self.deferred.len() {
             let Some(block) = self.deferred.pop_front() else { break };
             if let Some(uses) = self.uses.get_mut(&block) {
-                // Streams recorded in a capture joined it before it ended: what they did has been replayed in order. Whether it
-                // has ended, they say themselves.
+                // Streams recorded in a capture joined it before it ended: what they did has been replayed in order.
+                // Whether it has ended, they say themselves.
                 uses.retain(|u| !u.captured || captures(driver, u.stream.0, u.stream.1) != Ok(false));
             }
             if !self.freed(driver, block) {

@@ -1,12 +1,13 @@
 //! The blocks that a thread freed last, kept where the thread finds them again without the device's lock.
 //!
-//! Threads that allocate at the same time would otherwise hand the device's lock, and every cache line behind it, to and
-//! fro. A [`ThreadCache`] belongs to one thread and one device. It holds a few blocks of the default pool that the
+//! Threads that allocate at the same time would otherwise hand the device's lock, and every cache line behind it, to
+//! and fro. A [`ThreadCache`] belongs to one thread and one device. It holds a few blocks of the default pool that the
 //! device's heap calls allocated. Each is either *live*, the program's, or *parked*, freed and waiting for the thread's
-//! next request of its size and stream. Going from one to the other takes the cache's own lock, which nobody else wants.
+//! next request of its size and stream. Going from one to the other takes the cache's own lock, which nobody else
+//! wants.
 //!
-//! The accounting stays exact because everybody else looks first: whoever asks the device for a figure, or for a block that the
-//! free lists do not have or that would raise a peak, first takes the parked blocks of all threads back
+//! The accounting stays exact because everybody else looks first: whoever asks the device for a figure, or for a block
+//! that the free lists do not have or that would raise a peak, first takes the parked blocks of all threads back
 //! ([`crate::device`]). So parked memory is never the reason for more memory, for an error, or for a wrong figure.
 //!
 //! Locks are taken in one order: the device's, then a cache's.
@@ -245,8 +246,8 @@ pub fn free(allocator: u64, ptr: DevicePtr) -> bool {
         .unwrap_or(false)
 }
 
-/// Parks a block in this thread's cache, which `register` makes known to the device if it is new. Answers whether it was
-/// taken, and the block that had to leave for it. Called under the device's lock.
+/// Parks a block in this thread's cache, which `register` makes known to the device if it is new. Answers whether it
+/// was taken, and the block that had to leave for it. Called under the device's lock.
 pub fn park(
     allocator: u64,
     device: DeviceIndex,

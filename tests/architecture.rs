@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The layers, top first. A module may import what lies in its own layer or below, and no two modules import each other,
-/// not even by way of others. docs/design.md and src/lib.rs tell the same.
+/// The layers, top first. A module may import what lies in its own layer or below, and no two modules import each
+/// other, not even by way of others. docs/design.md and src/lib.rs tell the same.
 const LAYERS: &[(&str, &[&str])] = &[
     ("the door to C++", &["bridge"]),
     ("the process", &["allocator"]),

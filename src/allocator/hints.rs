@@ -23,21 +23,22 @@ impl Hints<'_> {
         Err(hints::no_allocation(what, ptr))
     }
 
-    /// Moves the pages that a range inside one live allocation touches, in the order of a stream of its device. `to` is that
-    /// device or the host. Neighbours on the first and the last page move too, which is harmless; the accounting has the
-    /// whole pages inside the range. When the allocation is freed and its memory used again, the pages go back home, as
-    /// far as the device limit allows.
+    /// Moves the pages that a range inside one live allocation touches, in the order of a stream of its device. `to` is
+    /// that device or the host. Neighbours on the first and the last page move too, which is harmless; the accounting
+    /// has the whole pages inside the range. When the allocation is freed and its memory used again, the pages go back
+    /// home, as far as the device limit allows.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a range that is not inside one live allocation, another device, or more than the host
-    /// can take; [`Error::NotSupported`] for memory that is not managed and a stream that captures; the driver's. Nothing has
-    /// changed then.
+    /// [`Error::InvalidArgument`](crate::error::Error::InvalidArgument) for a range that is not inside one live
+    /// allocation, another device, or more than the host can take;
+    /// [`Error::NotSupported`](crate::error::Error::NotSupported) for memory that is not managed and a stream that
+    /// captures; the driver's. Nothing has changed then.
     pub fn prefetch(&self, ptr: DevicePtr, bytes: u64, to: Location, stream: Stream) -> Result<()> {
         self.hint("prefetch", ptr, |state| hints::prefetch(state, ptr, bytes, to, stream))
     }
 
-    /// Gives the driver advice about the pages that a range inside one live allocation touches, neighbours included. When
-    /// the allocation is freed and its memory used again, the pages have the allocator's own advice again.
+    /// Gives the driver advice about the pages that a range inside one live allocation touches, neighbours included.
+    /// When the allocation is freed and its memory used again, the pages have the allocator's own advice again.
     ///
     /// # Errors
     /// As [`Hints::prefetch`], but for the stream.
@@ -49,8 +50,9 @@ impl Hints<'_> {
     /// device, and populates them again, so that writing to them is fast. What they hold then is indeterminate.
     ///
     /// # Errors
-    /// As [`Hints::prefetch`]; [`Error::InvalidArgument`] also where no whole page lies inside the range,
-    /// [`Error::NotSupported`] also where the driver cannot discard. Where the driver fails half-way, contents may be lost.
+    /// As [`Hints::prefetch`]; [`Error::InvalidArgument`](crate::error::Error::InvalidArgument) also where no whole
+    /// page lies inside the range, [`Error::NotSupported`](crate::error::Error::NotSupported) also where the driver
+    /// cannot discard. Where the driver fails half-way, contents may be lost.
     pub fn discard(&self, ptr: DevicePtr, bytes: u64, stream: Stream) -> Result<()> {
         self.hint("discard", ptr, |state| hints::discard(state, ptr, bytes, stream))
     }

@@ -25,9 +25,9 @@ impl<'a> PrivatePools<'a> {
         Ok(flushed(self.allocator.device(self.device)?))
     }
 
-    /// From now on requests on the streams that `filter` selects are served from this pool, which is made if need be and
-    /// held once more. `stream` is the caller's current stream: if that captures, a CUDA graph is being captured, else only
-    /// a MemPool is in use.
+    /// From now on requests on the streams that `filter` selects are served from this pool, which is made if need be
+    /// and held once more. `stream` is the caller's current stream: if that captures, a CUDA graph is being captured,
+    /// else only a MemPool is in use.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a bad device, a released pool, or one already recorded to.
@@ -117,7 +117,8 @@ impl<'a> PrivatePools<'a> {
     /// Brings a pool back to a checkpoint.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a bad device or pool, or a checkpoint that does not fit; nothing has changed then.
+    /// [`Error::InvalidArgument`] for a bad device or pool, or a checkpoint that does not fit; nothing has changed
+    /// then.
     pub fn restore_pool(&self, state: &PoolState, context: Option<Context>) -> Result<Restored> {
         if state.device() != self.device {
             return Err(Error::InvalidArgument(format!(

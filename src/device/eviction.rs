@@ -1,5 +1,5 @@
-//! Live memory leaves the device when its limit is met (eviction), and comes back when there is room (promotion). Which, and
-//! when, is decided in [`crate::pressure`].
+//! Live memory leaves the device when its limit is met (eviction), and comes back when there is room (promotion).
+//! Which, and when, is decided in [`crate::pressure`].
 
 use super::residency::{self, movable};
 use super::state::DeviceState;
@@ -29,9 +29,9 @@ pub(super) fn note_pressure(device: &mut DeviceState, more: u64) {
 }
 
 /// Evicts live memory to the host until `bytes` more fit under the device limit: the youngest of what lives long
-/// ([`EvictionPolicy`](crate::pressure::EvictionPolicy)). Answers whether they do; where there is not enough to evict, nothing
-/// moves. Not while anything is captured: a graph knows nothing of moves. Where the driver refuses a move, what has moved
-/// stays out, and the request does without the rest.
+/// ([`EvictionPolicy`](crate::pressure::EvictionPolicy)). Answers whether they do; where there is not enough to evict,
+/// nothing moves. Not while anything is captured: a graph knows nothing of moves. Where the driver refuses a move, what
+/// has moved stays out, and the request does without the rest.
 pub(super) fn evict(device: &mut DeviceState, bytes: u64, stream: Stream) -> bool {
     try_to_evict(device, bytes, stream).unwrap_or_else(|error| {
         tracing::warn!(device = device.gpu.index, %error, "live memory could not be evicted");
@@ -115,9 +115,9 @@ fn evict_block(device: &mut DeviceState, block: BlockId, count: u64, stream: Str
     Ok(())
 }
 
-/// Promotes live memory that was evicted: brings it back to the device, what is oldest first, as far as the device stays
-/// ample ([`PromotionPolicy`](crate::pressure::PromotionPolicy)). The work that uses it meanwhile is not waited for, nor has it
-/// to wait.
+/// Promotes live memory that was evicted: brings it back to the device, what is oldest first, as far as the device
+/// stays ample ([`PromotionPolicy`](crate::pressure::PromotionPolicy)). The work that uses it meanwhile is not waited
+/// for, nor has it to wait.
 ///
 /// # Errors
 /// The driver's. What has come back stays.

@@ -17,11 +17,11 @@ pub(crate) fn memory_info(state: &DeviceState) -> Result<MemoryInfo> {
     let device = gpu.driver().device_memory(gpu.index)?;
     let host = gpu.driver().host_memory()?;
     let capacity = budget.capacity(populated, Some(&host)).capacity;
-    // What the driver places, and what a MemPool's own allocator gave, may lie on the device: it is ours, and counts once.
-    // What was discarded is not free to CUDA, but to us.
+    // What the driver places, and what a MemPool's own allocator gave, may lie on the device: it is ours, and counts
+    // once. What was discarded is not free to CUDA, but to us.
     let ours = populated.device + populated.unplaced + state.heap.decommitted();
-    // Other processes, CUDA's context, the program's own cudaMalloc. Where there is one physical memory, they are missing
-    // from what the host has available, and so from the capacity.
+    // Other processes, CUDA's context, the program's own cudaMalloc. Where there is one physical memory, they are
+    // missing from what the host has available, and so from the capacity.
     let used = device.total - device.free.min(device.total);
     let others = if gpu.info.integrated { 0 } else { used.saturating_sub(ours) };
     Ok(MemoryInfo {

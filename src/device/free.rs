@@ -1,5 +1,5 @@
-//! From the program's free to a block in its free list: by way of the freeing thread's cache, or of the events of streams
-//! that still use it.
+//! From the program's free to a block in its free list: by way of the freeing thread's cache, or of the events of
+//! streams that still use it.
 
 use super::state::DeviceState;
 use crate::accounting::Accounting;
@@ -24,8 +24,8 @@ fn count_rounds(slot: &Slot, heap: &mut Heap, accounting: &mut Accounting) {
 }
 
 impl DeviceState {
-    /// The program gives an allocation back. Answers false where it is not one of this device; the context is only taken
-    /// where it is.
+    /// The program gives an allocation back. Answers false where it is not one of this device; the context is only
+    /// taken where it is.
     ///
     /// A driver error while recording events does not fail the free: destructors cannot throw. The block stays
     /// unavailable until its events can be recorded.
@@ -148,7 +148,8 @@ impl DeviceState {
         let block = self.heap.find(ptr)?;
         // Uses on the allocation's own stream are ordered by the stream itself.
         if (device, stream) != (self.gpu.index, self.heap.pools[self.heap.blocks[block].list].stream) {
-            // Only what really is captured needs no event afterwards; where CUDA does not say so, the event is recorded.
+            // Only what really is captured needs no event afterwards; where CUDA does not say so, the event is
+            // recorded.
             let captured =
                 !self.routes.is_empty() && self.gpu.driver().stream_is_capturing(device, stream).unwrap_or(false);
             self.waits.record_use(block, (device, stream), captured);

@@ -1,5 +1,5 @@
-//! New memory for a request: a growing segment is populated further, or a segment is made. The accounting changes only when
-//! CUDA has agreed.
+//! New memory for a request: a growing segment is populated further, or a segment is made. The accounting changes only
+//! when CUDA has agreed.
 
 use super::refusal::Refusal;
 use super::state::DeviceState;
@@ -26,8 +26,8 @@ pub(super) fn new_memory(device: &mut DeviceState, request: &Request) -> Result<
     let native = &device.limits.native;
     let step = population_step(request.rounded, request.rounded, 0, native);
     let pool = device.heap.pools[request.list].pool;
-    // A private pool lives as long as its graphs and is brought back to checkpoints segment by segment; what PyTorch knows
-    // of it, it knows of segments like `native`'s.
+    // A private pool lives as long as its graphs and is brought back to checkpoints segment by segment; what PyTorch
+    // knows of it, it knows of segments like `native`'s.
     let fixed = (pool != PoolId::DEFAULT && !native.expandable_segments) || request.rounded >= native.max_split_size;
     if let Some(custom) = device.heap.pools[pool].custom {
         let plan = Plan { memory: Memory::Custom(custom), place: Place::Unplaced };

@@ -240,8 +240,8 @@ pub(crate) fn checkpoint(device: &mut DeviceState, id: MempoolId) -> Result<Pool
 /// addresses. Segments made or grown since then stay, free.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for an unknown or released pool, one with frees that wait for events, or a checkpoint that does
-/// not fit it (a segment is gone); the driver's. Nothing has changed then.
+/// [`Error::InvalidArgument`] for an unknown or released pool, one with frees that wait for events, or a checkpoint
+/// that does not fit it (a segment is gone); the driver's. Nothing has changed then.
 pub(crate) fn restore(device: &mut DeviceState, state: &PoolState, context: Option<Context>) -> Result<Restored> {
     let pool = pool_named(device, state.id)?;
     if device.heap.pools[pool].use_count == 0 {

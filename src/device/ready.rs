@@ -79,8 +79,8 @@ pub(super) fn make_ready(device: &mut DeviceState, block: BlockId, bytes: u64, s
     Ok(())
 }
 
-/// Populates what is discarded of some pages, of those that lie elsewhere than their segment's place says or of those that
-/// do not.
+/// Populates what is discarded of some pages, of those that lie elsewhere than their segment's place says or of those
+/// that do not.
 fn populate(
     device: &mut DeviceState,
     id: SegmentId,

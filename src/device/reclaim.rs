@@ -26,9 +26,9 @@ pub(crate) fn empty_cache(device: &mut DeviceState, mempool: MempoolId, context:
     released
 }
 
-/// Gives all wholly free segments back, and the free pages of others: those of the default pool and of pools that nobody
-/// holds, or only those of one such pool. Nothing while a CUDA graph is captured, as `native`: giving memory back waits
-/// for the device. Where the device is ample then, live memory that was evicted is promoted.
+/// Gives all wholly free segments back, and the free pages of others: those of the default pool and of pools that
+/// nobody holds, or only those of one such pool. Nothing while a CUDA graph is captured, as `native`: giving memory
+/// back waits for the device. Where the device is ample then, live memory that was evicted is promoted.
 ///
 /// # Errors
 /// The driver's.
@@ -157,8 +157,8 @@ fn decommit_block(device: &mut DeviceState, mut block: BlockId) -> Result<()> {
     Ok(())
 }
 
-/// Gives pages of a free block back that no stream uses any more: discards them. The address space stays, and is populated
-/// as if it were new before it is used again. Answers the block that is left below them.
+/// Gives pages of a free block back that no stream uses any more: discards them. The address space stays, and is
+/// populated as if it were new before it is used again. Answers the block that is left below them.
 fn decommit(device: &mut DeviceState, block: BlockId, pages: ops::Range<u64>) -> Result<BlockId> {
     let free = device.heap.blocks[block];
     let id = free.segment;

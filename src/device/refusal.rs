@@ -9,8 +9,8 @@ use crate::error::Error;
 pub enum Refusal {
     /// A limit of ours is met.
     Exceeded(Exceeded),
-    /// CUDA, or a MemPool's own allocator, has none. Also what it would mean if memory just made could not be found in its
-    /// list: out of memory, not a crash.
+    /// CUDA, or a MemPool's own allocator, has none. Also what it would mean if memory just made could not be found in
+    /// its list: out of memory, not a crash.
     NoMemory,
     /// Something else is wrong.
     Failed(Error),

@@ -108,8 +108,8 @@ pub(super) fn migrate(
     Ok(())
 }
 
-/// Moves pages to a place, whose advice they get, as [`migrate`] does; the accounting follows. Answers how many bytes did
-/// not lie there before.
+/// Moves pages to a place, whose advice they get, as [`migrate`] does; the accounting follows. Answers how many bytes
+/// did not lie there before.
 pub(super) fn relocate(
     device: &mut DeviceState,
     id: SegmentId,

@@ -40,8 +40,8 @@ impl Routes {
     /// (PyTorch's own allocator is told from 2.13 on; before, it took a MemPool for a capture.)
     ///
     /// # Errors
-    /// The driver's, but for a stream that it knows nothing of, such as one that the program has destroyed: that captures
-    /// nothing.
+    /// The driver's, but for a stream that it knows nothing of, such as one that the program has destroyed: that
+    /// captures nothing.
     #[inline]
     pub fn capturing(&self, gpu: &Gpu) -> Result<bool> {
         if self.is_empty() { Ok(false) } else { self.any_captures(gpu) }

@@ -132,7 +132,8 @@ pub struct DeviceInfo {
     /// `CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES`: address translation shared with the CPU (ATS):
     /// the hardware-coherent machines (GH200, GB200, GB10).
     pub host_page_tables: bool,
-    /// [`Driver::discard`] works: the driver is one of CUDA 13.0 or newer, and the device has concurrent managed access.
+    /// [`Driver::discard`] works: the driver is one of CUDA 13.0 or newer, and the device has concurrent managed
+    /// access.
     pub discard: bool,
     /// `CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED` (102): the device has chunks ([`Driver::chunk_create`]).
     pub chunks: bool,
@@ -217,8 +218,8 @@ pub type Result<T> = std::result::Result<T, DriverError>;
 /// Whether a stream captures, so that nothing of ours can be queued on it.
 ///
 /// # Errors
-/// Those of [`Driver::stream_is_capturing`], but for the one that itself says that some stream captures: the legacy stream
-/// may not even be asked then.
+/// Those of [`Driver::stream_is_capturing`], but for the one that itself says that some stream captures: the legacy
+/// stream may not even be asked then.
 pub fn captures(driver: &dyn Driver, device: DeviceIndex, stream: Stream) -> Result<bool> {
     match driver.stream_is_capturing(device, stream) {
         Err(error) if error.kind == ErrorKind::StreamCapture => Ok(true),
@@ -270,9 +271,9 @@ pub trait Driver: Send + Sync + 'static {
     /// [`Driver::alloc_managed`]. Does not wait. While capturing: relaxed.
     fn alloc_device(&self, device: DeviceIndex, bytes: u64) -> Result<DevicePtr>;
 
-    /// Frees what `alloc_managed` or `alloc_device` gave (`cuMemFree`): the address must be the first byte
-    /// of a live allocation; address 0 is no error. Waits for all work on the device, whatever the stream, also for memory that was never
-    /// populated. While capturing: relaxed.
+    /// Frees what `alloc_managed` or `alloc_device` gave (`cuMemFree`): the address must be the first byte of a live
+    /// allocation; address 0 is no error. Waits for all work on the device, whatever the stream, also for memory that
+    /// was never populated. While capturing: relaxed.
     fn free(&self, device: DeviceIndex, ptr: DevicePtr) -> Result<()>;
 
     /// Gives advice on a managed range (`cuMemAdvise`). Acts on whole pages, at once and on the host's
@@ -284,12 +285,13 @@ pub trait Driver: Send + Sync + 'static {
     /// While capturing: always on a stream that does not capture, never on one that does.
     fn prefetch(&self, device: DeviceIndex, range: Range, to: Location, stream: Stream) -> Result<()>;
 
-    /// Drops the contents of a managed range (`cuMemDiscardBatchAsync`), ordered on `stream`, which may not be the legacy
-    /// default stream. [`ErrorKind::NotSupported`] where [`DeviceInfo::discard`] is false. Concerns the 2 MiB pages that lie
-    /// wholly inside the range. Until they are prefetched or written, reading them is indeterminate; writing without a
-    /// prefetch first works, at a thousandth of the speed. The advice on them stays, and so does the driver's hold on
-    /// their device memory: its free figure does not rise. Does not wait. While capturing: as [`Driver::prefetch`] (not
-    /// measured yet; the allocator discards only while no capture that it knows of is underway).
+    /// Drops the contents of a managed range (`cuMemDiscardBatchAsync`), ordered on `stream`, which may not be the
+    /// legacy default stream. [`ErrorKind::NotSupported`] where [`DeviceInfo::discard`] is false. Concerns the 2 MiB
+    /// pages that lie wholly inside the range. Until they are prefetched or written, reading them is indeterminate;
+    /// writing without a prefetch first works, at a thousandth of the speed. The advice on them stays, and so does the
+    /// driver's hold on their device memory: its free figure does not rise. Does not wait. While capturing: as
+    /// [`Driver::prefetch`] (not measured yet; the allocator discards only while no capture that it knows of is
+    /// underway).
     fn discard(&self, device: DeviceIndex, range: Range, stream: Stream) -> Result<()>;
 
     /// Makes a non-blocking stream on `device`. While capturing: always.

@@ -145,8 +145,8 @@ impl Heap {
             .min_by_key(|growth| growth.missing)
     }
 
-    /// The decommitted block of a growing segment of the request's list that would serve it, with the free memory on both
-    /// sides, for the fewest bytes.
+    /// The decommitted block of a growing segment of the request's list that would serve it, with the free memory on
+    /// both sides, for the fewest bytes.
     fn decommitted_that_fits(&self, request: &Request, place: Place) -> Option<Growth> {
         let candidates = self.growing.get(&request.list)?.iter().copied().filter(|&id| {
             let segment = self.segment(id);
@@ -252,8 +252,8 @@ impl Heap {
         whole.chain(in_parts).map(|id| (id, self.segment(id).populated())).collect()
     }
 
-    /// The free pages of a pool that could be decommitted alone, since their segments are in use otherwise: their blocks,
-    /// and how many bytes of each. `can_shrink` says of which places.
+    /// The free pages of a pool that could be decommitted alone, since their segments are in use otherwise: their
+    /// blocks, and how many bytes of each. `can_shrink` says of which places.
     pub fn decommittable(&self, pool: PoolId, can_shrink: impl Fn(Place) -> bool) -> Vec<(BlockId, u64)> {
         self.growing_of(pool)
             .filter(|&id| can_shrink(self.segment(id).place) && self.in_use(id))
@@ -264,8 +264,8 @@ impl Heap {
             .collect()
     }
 
-    /// The whole pages inside a block that lie where the segment's place says, and have its advice: runs of them, lowest
-    /// first.
+    /// The whole pages inside a block that lie where the segment's place says, and have its advice: runs of them,
+    /// lowest first.
     pub fn ordinary_pages(&self, block: BlockId) -> Vec<Range<u64>> {
         let Block { address, bytes, segment, may_have_flags, .. } = self.blocks[block];
         let segment = self.segment(segment);

@@ -179,7 +179,8 @@ fn the_capture_mode_is_restored_whatever_fails() {
 fn memory_that_cuda_does_not_take_back_fails_no_request() {
     use torch_uvm::options::NativeOptions;
     use torch_uvm_sim::EntryPoint;
-    // Light reclamation, garbage collection, and moving live memory out are done for a request that can do without them.
+    // Light reclamation, garbage collection, and moving live memory out are done for a request that can do without
+    // them.
     let cases = [
         ("uvm_device_limit_mb:192", EntryPoint::Free, 0.0),
         ("uvm_device_limit_mb:192", EntryPoint::Discard, 0.0),

@@ -45,7 +45,8 @@ fn step(world: &mut World, layers: usize, activation: u64) -> u64 {
 #[test]
 fn a_training_loop_ends_with_activations_on_the_device_and_state_on_the_host() {
     let mut world = World::new(config(), "uvm_device_limit_mb:256,uvm_stage1_threshold:0");
-    // 64 MiB of weights, 120 of activations and 12 of temporaries, 96 of optimizer state from the end of the first step.
+    // 64 MiB of weights, 120 of activations and 12 of temporaries, 96 of optimizer state from the end of the first
+    // step.
     let weights: Vec<_> = (0..4).map(|_| world.tensor(16 * MIB, 0).unwrap()).collect();
     let mut state = Vec::new();
     let mut moved = Vec::new();

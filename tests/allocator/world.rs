@@ -209,13 +209,13 @@ impl World {
         }
     }
 
-    /// What `memory_info` takes for memory of others is not memory that this allocator has: nothing counts twice against
-    /// what `cuMemGetInfo` says.
+    /// What `memory_info` takes for memory of others is not memory that this allocator has: nothing counts twice
+    /// against what `cuMemGetInfo` says.
     fn compare_with_cuda(&self, device: DeviceIndex) {
         let allocator = &self.allocator;
         let moves = allocator.place_stats(device).expect("place_stats");
-        // What is on its way to the host is in host memory for the books, and on the device for CUDA. Where the program has
-        // given advice, the driver moves pages that the books do not see.
+        // What is on its way to the host is in host memory for the books, and on the device for CUDA. Where the program
+        // has given advice, the driver moves pages that the books do not see.
         let settled = moves.moved_to_host + moves.advices + moves.prefetches == 0;
         let (Ok(info), true) = (allocator.memory_info(device), settled) else { return };
         let places = allocator.segment_places(device).expect("segment_places");
