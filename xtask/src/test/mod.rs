@@ -137,8 +137,14 @@ fn testing<'a>(
 fn counted(command: &mut Command) -> Result<Counts> {
     let name = process::line(command);
     output::say(format_args!("==> {name}"));
-    let mut counts = Counts::default();
-    let status = process::watch(command, |line| counts += Counts::in_line(line).unwrap_or_default())?;
+    // cargo has a closing line for each program that it runs. What other runners' programs say in between is not theirs.
+    let (mut sum, mut last) = (Counts::default(), Counts::default());
+    let status = process::watch(command, |line| match Counts::in_line(line) {
+        Some(counts) if line.starts_with("test result: ") => sum += counts,
+        Some(counts) => last = counts,
+        None => {}
+    })?;
+    let counts = sum + last;
     let ran = || -> Result<()> {
         ensure!(status.success(), "`{name}` ended with {status}");
         ensure!(counts.passed > 0, "`{name}` ran no test");
@@ -191,5 +197,9 @@ mod tests {
         let error = run("echo '3 passed, 2 failed in 0.1s'; exit 1").unwrap_err();
         assert_eq!(error.downcast_ref::<Counted>().unwrap().0.failed, 2);
         assert!(run("true").is_err());
+        let cargo = "test result: ok. 2 passed; 0 failed; 0 ignored";
+        assert_eq!(run(&format!("echo '{cargo}'; echo '{cargo}'")).unwrap().passed, 4);
+        let nested = "echo '0 passed, 1 failed (PyTorch 2)'; echo '3 passed, 0 failed (PyTorch 2)'";
+        assert_eq!(run(nested).unwrap(), Counts { passed: 3, failed: 0, skipped: 0 });
     }
 }

@@ -49,7 +49,7 @@ impl Outcome {
 
 /// Where a step that runs beside others writes.
 pub fn log(name: &str) -> PathBuf {
-    paths::test_logs().join(format!("{}.log", name.replace([' ', '/', ','], "-")))
+    paths::test_logs().join(format!("{}.log", name.replace(": ", "-").replace([' ', '/'], "-")))
 }
 
 /// Runs the steps, each as soon as those that it needs are done and `cores` are enough, in the order of the list. With
