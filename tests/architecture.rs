@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// The layers, top first. A module may import what lies in its own layer or below, and no two modules import each
 /// other, not even by way of others. docs/design.md and src/lib.rs tell the same.
 const LAYERS: &[(&str, &[&str])] = &[
-    ("the door to C++", &["bridge"]),
+    ("the door to C++", &["bridge", "tables"]),
     ("the process", &["allocator"]),
     ("a device", &["device"]),
     (
@@ -29,7 +29,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "stats",
         ],
     ),
-    ("names and sizes", &["error", "ids", "place", "sizes"]),
+    ("names and sizes", &["column", "error", "ids", "place", "sizes", "sync"]),
     ("the port to CUDA", &["driver"]),
 ];
 
