@@ -100,7 +100,7 @@ def activate() -> bool:
 
 
 def _name_in_torch(library: Library) -> None:
-    """Puts the names that programs look for where they look: the hints into `torch.cuda`, and figures into its statistics."""
+    """Puts the names that programs look for where they look: hints into `torch.cuda`, figures into its statistics."""
     import torch
 
     theirs = getattr(torch._C, "_cuda_memoryStats", None)

@@ -8,7 +8,7 @@ def format_bytes(count: int) -> str:
     if count < 1024:
         return f"{count} B"
     value = float(count)
-    for unit in ("KiB", "MiB", "GiB"):
+    for unit in ("KiB", "MiB", "GiB"):  # noqa: B007  (used after the loop)
         value /= 1024
         if value < 1024:
             break

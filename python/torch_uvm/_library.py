@@ -183,8 +183,8 @@ class Library:
         missing = [name for name in fields if name not in row]
         if missing:
             raise RuntimeError(
-                f"{self.name} does not say {', '.join(missing)}: install it and the Python package in {Path(__file__).parent} "
-                "from the same version of torch-uvm"
+                f"{self.name} does not say {', '.join(missing)}: install it and the Python package in "
+                f"{Path(__file__).parent} from the same version of torch-uvm"
             )
         return kind(**{name: row[name] for name in fields})
 

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 from simulated import HERE, UVM, Finished, environment, run_python
-from torch_uvm import _activate, _library, _tables
 from under_test import SOURCE
+
+from torch_uvm import _activate, _library, _tables
 
 ROOT = HERE.parent.parent
 PACKAGE = SOURCE / "torch_uvm"
@@ -147,7 +148,7 @@ extern "C" __attribute__((visibility("default"))) const char* fake_applied() {
 
 
 def fake_columns(record: type, words: dict[str, list[str]], *more: str) -> list[dict[str, Any]]:
-    """Columns for the fields of a record, as the library describes them; each is in `memory_stats()` as `some.<name>`."""
+    """Columns for the fields of a record, as the library says them; each is in `memory_stats()` as `some.<name>`."""
     names = [(field.name, field.type) for field in dataclasses.fields(record)] + [(name, "int") for name in more]
     return [
         {"name": name, "type": kind, "words": words.get(name, []), "path": f"some.{name}", "meaning": name}
@@ -406,7 +407,8 @@ print(json.dumps({
     "stats": dataclasses.asdict(library.place_stats(0)), "memory_stats": stats,
     "segments": [dataclasses.asdict(segment) for segment in library.segments(0)],
     "samples": [dataclasses.asdict(sample) for sample in library.place_samples(0)],
-    "hints": [tried(library.prefetch, 1, 2, -1, 0), library.advise(1, 2, "set_read_mostly", 0), library.discard(1, 2, 0)],
+    "hints": [tried(library.prefetch, 1, 2, -1, 0), library.advise(1, 2, "set_read_mostly", 0),
+              library.discard(1, 2, 0)],
 }))
 """
     said = printed(run_fake(fakes, code))

@@ -8,12 +8,11 @@ import ctypes
 import gc
 
 import pytest
+import torch
 from contents import MIB, block, check, filled
 from on_device import on_device
 from test_statistics import check_agreement
 from under_test import torch_uvm
-
-import torch
 
 CALLS = {
     "cuMemAllocManaged": "OUT_OF_MEMORY",

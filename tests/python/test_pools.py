@@ -357,8 +357,8 @@ def in_another_thread(work: Callable[[], object]) -> None:
 
 @on_device()
 def test_a_pool_in_use_stops_no_reclaiming() -> None:
-    """A pool in use is no capture: frees that waited for a stream are over when it is, in the pool and in threads that are
-    in none, and `empty_cache` gives back what nobody holds."""
+    """A pool in use is no capture: frees that waited for a stream are over when it is, in the pool and in threads that
+    are in none, and `empty_cache` gives back what nobody holds."""
     if torch.cuda.get_allocator_backend() == "native" and not versions.NATIVE_KNOWS_CAPTURES_FROM_POOLS:
         return
     side, pool = torch.cuda.Stream(), torch.cuda.MemPool()
@@ -394,8 +394,8 @@ def test_a_request_in_a_pool_gets_the_memory_of_other_caches() -> None:
 
 @on_device()
 def test_small_max_split_size_in_a_pool() -> None:
-    """As vLLM sets it around loading: 20 MiB, the size of a segment for all requests under 10 MiB, and then what it takes
-    for the default."""
+    """As vLLM sets it around loading: 20 MiB, the size of a segment for all requests under 10 MiB, and then what it
+    takes for the default."""
     pool = torch.cuda.MemPool()
     for mebibytes in (20, 17592186044415):
         torch.cuda.memory._set_allocator_settings(f"max_split_size_mb:{mebibytes}")

@@ -337,7 +337,7 @@ def test_annotations_of_a_tensor() -> None:
 @needs("_allocation_traceback")
 @on_device()
 def test_the_stack_of_an_allocation() -> None:
-    """`_allocation_traceback`: by a live block's address; nothing for no block's address, or where nothing was recorded."""
+    """`_allocation_traceback`: by a live block's address; none for another address, or where nothing was recorded."""
     memory = torch.cuda.memory
     before = block(3 * MIB)
     memory._record_memory_history(stacks="python")

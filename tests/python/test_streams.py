@@ -190,7 +190,7 @@ def test_memory_pressure_waits_for_recorded_blocks() -> None:
 
 @on_device(uvm_only=True)
 def test_a_destroyed_stream_costs_one_block() -> None:
-    """A block recorded on an external stream that is gone when the block is freed stays unavailable. All else goes on."""
+    """A block recorded on an external stream that is gone when the block is freed is lost. All else goes on."""
     handle = ctypes.c_void_p()
     same(int(torch.cuda.cudart().cudaStreamCreate(ctypes.addressof(handle))), 0)
     lost = filled(1, 30 * MIB)
