@@ -24,7 +24,7 @@ fn tables_hold_what_the_allocator_tells() {
         Recording { enabled: true, capacity: 10, level: RecordContext::Never, clear: false, skip: Actions::default() };
     world.allocator.set_history(recording);
     let tensors = [20, 40].map(|mib| world.tensor(mib * MIB, 0).unwrap());
-    world.allocator.prefetch(tensors[1].ptr, tensors[1].bytes, Location::Host, tensors[1].stream).unwrap();
+    world.allocator.hints().prefetch(tensors[1].ptr, tensors[1].bytes, Location::Host, tensors[1].stream).unwrap();
 
     let [info]: [_; 1] = named(&world, Table::MemoryInfo).try_into().unwrap();
     let expected = world.allocator.memory_info(0).unwrap();
