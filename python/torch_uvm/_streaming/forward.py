@@ -166,7 +166,7 @@ def tell_dynamo() -> None:
 
     torch._dynamo takes seconds to import: only if it is there.
     """
-    global _told_dynamo
+    global _told_dynamo, _reads_in_place
     if _told_dynamo:
         return
     decorators = sys.modules.get("torch._dynamo.decorators")
@@ -174,12 +174,15 @@ def tell_dynamo() -> None:
     if skip is None or disable is None:
         return
     _told_dynamo = True
-    for function in (Forward.__call__, ModelForward.__call__):
+    # The forward that they call is compiled by itself, as if the module's own had been called.
+    for function in (Forward.__call__, ModelForward.__call__, Forward._run):
         skip(function)
     ours: tuple[tuple[type, tuple[str, ...]], ...] = (
         (Fetcher, ("begin_units", "end_units", "begin_model", "end_model")),
         (Hooks, ("pack", "unpack")),
+        (Forward, ("_of_class",)),
     )
     for holder, names in ours:
         for name in names:
             setattr(holder, name, disable(getattr(holder, name)))
+    _reads_in_place = disable(_reads_in_place)
