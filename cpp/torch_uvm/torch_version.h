@@ -258,6 +258,7 @@ inline std::vector<std::string> settings_tokens(const std::string& settings) {
   std::vector<std::string> tokens;
 #if TORCH_UVM_SINCE(210)
   const c10::CachingAllocator::ConfigTokenizer tokenizer(settings);
+  tokens.reserve(tokenizer.size());
   for (size_t i = 0; i < tokenizer.size(); ++i) {
     tokens.push_back(tokenizer[i]);
   }
