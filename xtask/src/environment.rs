@@ -78,7 +78,9 @@ impl Environment {
             let venv = Venv::ensure_bare(folder, &python, &uv)?;
             let mut packages = vec![format!("torch=={}", torch.version())];
             packages.extend(pins::TEST_PACKAGES.iter().map(|name| name.to_string()));
-            install_packages(step, &uv, &venv, Some(&torch.package), &packages)?;
+            if install_packages(step, &uv, &venv, Some(&torch.package), &packages)? {
+                warm(&venv)?;
+            }
             Ok(venv)
         })?;
         Ok(Self { venv })
@@ -121,20 +123,21 @@ pub fn plugin_wheel() -> Result<PathBuf> {
     plugin::make(&releases, &paths::wheels())
 }
 
-/// Installs packages; `pinned` first, by itself, for its checksums cover no other. What is there already is kept.
+/// Installs packages; `pinned` first, by itself, for its checksums cover no other. What is there already is kept. Answers
+/// whether there was anything to do.
 fn install_packages(
     step: &Step,
     uv: &Uv,
     venv: &Venv,
     pinned: Option<&PinnedPackage>,
     packages: &[String],
-) -> Result<()> {
+) -> Result<bool> {
     let inputs = packages.iter().fold(Fingerprint::new("packages 2"), |all, name| all.value("package", name));
     let inputs = pinned.iter().fold(inputs, |all, pinned| all.value("pinned", &pinned.requirement()));
     let stamp = Stamp::new(venv.folder().join("packages.stamp"), inputs);
     if stamp.is_fresh(&[]) {
         step.up_to_date();
-        return Ok(());
+        return Ok(false);
     }
     stamp.clear()?;
     let cannot = || format!("uv could not install {}; is the package index reachable?", packages.join(", "));
@@ -146,7 +149,8 @@ fn install_packages(
         process::run(&mut install).with_context(cannot)?;
     }
     process::run(uv.install(venv).args(packages)).with_context(cannot)?;
-    stamp.write()
+    stamp.write()?;
+    Ok(true)
 }
 
 /// Installs one of our wheels in place of what there is of it: its version may be the same and its contents not.
