@@ -2,7 +2,7 @@
 //!
 //! PyTorch cuts such a string into *tokens*: keys, values, and each of the characters `:` `,` `[` `]`. The bridge has
 //! PyTorch's own tokenizer do that. PyTorch then reads by position: a key, one token, a value (or all tokens up to a `]`),
-//! one token, the next key. It checks the tokens in between only in some of its versions. [`settings`] reads by the same
+//! one token, the next key. It checks the tokens in between only in some of its versions. `settings` reads by the same
 //! positions, so it finds one of our keys exactly where PyTorch would look for a key.
 //!
 //! PyTorch's own keys and values are PyTorch's to check: here they are only stepped over.

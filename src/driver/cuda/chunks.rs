@@ -1,7 +1,7 @@
 //! Physical chunks and the addresses they are mapped at, by CUDA's virtual memory management. The calls need no current context.
 
 use std::ffi::{c_uint, c_void};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use cudarc::driver::sys::{
     CUmemAccess_flags, CUmemAccessDesc, CUmemAllocationGranularity_flags, CUmemAllocationHandleType,
@@ -98,7 +98,21 @@ impl CudaDriver {
 
     pub(super) fn import(&self, descriptor: BorrowedFd<'_>) -> Result<Chunk> {
         self.devices()?;
-        // The file descriptor itself is the pointer.
+        // The file descriptor itself is the pointer, and CUDA takes 0 for no pointer (CUDA_ERROR_INVALID_VALUE on an H200,
+        // driver 580.159). A clone is never 0: the standard library makes it 3 or more.
+        let clone;
+        let descriptor = if descriptor.as_raw_fd() == 0 {
+            clone = descriptor.try_clone_to_owned().map_err(|error| DriverError {
+                kind: ErrorKind::Other,
+                call: "cuMemImportFromShareableHandle",
+                code: -1,
+                name: "fcntl".to_owned(),
+                message: format!("file descriptor 0 could not be duplicated: {error}"),
+            })?;
+            clone.as_fd()
+        } else {
+            descriptor
+        };
         let from = descriptor.as_raw_fd() as usize as *mut c_void;
         let mut handle = 0;
         // SAFETY: `handle` is writable; the descriptor is open, and CUDA checks what it is of.
