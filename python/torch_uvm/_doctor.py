@@ -167,11 +167,13 @@ def _judge(
             return False, f"use_uvm is on and does not work here: {failure}"
         return True, "use_uvm is on, and works here"
     tried = added or {}
+    # What is wrong with the settings says more than how a version of PyTorch, or the patched one, words its error.
+    malformed = next(iter(_malformed(settings)), None)
     failure = tried.get("settings_error") or tried.get("error")
     if failure:
-        return False, f"use_uvm is off, and would not work here: {failure}"
+        return False, f"use_uvm is off, and would not work here: {malformed or failure}"
     if not tried.get("enabled"):
-        reason = next(iter(_malformed(settings)), here.get("error", "PyTorch kept its own allocator"))
+        reason = malformed or here.get("error", "PyTorch kept its own allocator")
         return False, f"use_uvm does not work here: {reason}"
     return True, f"use_uvm is off, and would work here. {_how_to_switch_on(here, settings)}"
 
