@@ -374,7 +374,8 @@ def test_a_pool_in_use_stops_no_reclaiming() -> None:
         come_and_go()
         same(torch.cuda.memory_reserved(), 64 * MIB, "in the pool")
         in_another_thread(come_and_go)
-        same(torch.cuda.memory_reserved(), 128 * MIB, "with a thread that is in no pool")
+        others = 64 * MIB if versions.MEMPOOL_SERVES_ONE_THREAD else 0
+        same(torch.cuda.memory_reserved(), 64 * MIB + others, "with a thread that is in no pool")
         in_another_thread(torch.cuda.empty_cache)
         same(torch.cuda.memory_reserved(), 64 * MIB, "the pool keeps its own")
 

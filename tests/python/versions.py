@@ -30,6 +30,9 @@ UNBEGUN_CAPTURE_ENDS_WELL = PYTORCH < (2, 15)
 #: PyTorch's own allocator goes on reclaiming while a MemPool is in use. Before, it took one for a capture.
 NATIVE_KNOWS_CAPTURES_FROM_POOLS = PYTORCH >= (2, 13)
 
+#: `use_mem_pool` serves the thread that enters it. Earlier it serves every thread whose current stream is the same.
+MEMPOOL_SERVES_ONE_THREAD = hasattr(torch._C, "_cuda_beginAllocateCurrentThreadToPool")
+
 #: Reading a snapshot imports `torch._dynamo`.
 SNAPSHOTS_IMPORT_DYNAMO = PYTORCH >= (2, 9)
 
