@@ -393,6 +393,7 @@ def test_a_request_in_a_pool_gets_the_memory_of_other_caches() -> None:
     check(tensor, 1)
 
 
+@needs("max_split_size_mb as vLLM sets it")
 @on_device()
 def test_small_max_split_size_in_a_pool() -> None:
     """As vLLM sets it around loading: 20 MiB, the size of a segment for all requests under 10 MiB, and then what it

@@ -51,6 +51,7 @@ LATER = {
     "torch.accelerator.memory_stats": hasattr(getattr(torch, "accelerator", None), "memory_stats"),
     "PYTORCH_ALLOC_CONF": PYTORCH >= (2, 10),
     "per_process_memory_fraction:…": PYTORCH >= (2, 10),
+    "max_split_size_mb as vLLM sets it": PYTORCH >= (2, 11),
     "throw_on_cudamalloc_oom:…": PYTORCH >= (2, 12),
     "num_oom_rejections": PYTORCH >= (2, 12),
     "reserved_bytes_by_private_pools": PYTORCH >= (2, 13),
