@@ -29,6 +29,7 @@ from streamed import (
 )
 from torch import nn
 from under_test import torch_uvm
+from versions import needs
 
 
 @on_device(uvm_only=True)
@@ -224,6 +225,7 @@ def test_tracers(what: str) -> None:
         assert stream.statistics().fetches > 0
 
 
+@needs("the reason why Dynamo leaves a function out")
 @on_device(uvm_only=True, timeout=120)
 def test_strict_export() -> None:
     """Works or says why not, and what to do."""

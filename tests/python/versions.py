@@ -50,6 +50,7 @@ LATER = {
     "torch.accelerator.get_memory_info": hasattr(getattr(torch, "accelerator", None), "get_memory_info"),
     "torch.accelerator.memory_stats": hasattr(getattr(torch, "accelerator", None), "memory_stats"),
     "PYTORCH_ALLOC_CONF": PYTORCH >= (2, 10),
+    "the reason why Dynamo leaves a function out": PYTORCH >= (2, 9),
     "per_process_memory_fraction:…": PYTORCH >= (2, 10),
     "max_split_size_mb as vLLM sets it": PYTORCH >= (2, 11),
     "throw_on_cudamalloc_oom:…": PYTORCH >= (2, 12),
